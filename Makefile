@@ -1,0 +1,37 @@
+# make demo   environment, build, then the whole of LEAML on the embedded endoscopy world
+# make test   environment, build, then the test suite
+# Each works on its own; a repeated call finds everything in place.
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV
+LEAML := $(VENV)/bin/leaml
+
+.PHONY: environment demo test test-fast lint pretrain gate bench clean
+
+environment:
+	@scripts/environment.sh
+
+demo: environment
+	$(LEAML) demo --output runs/demo
+
+test: environment
+	$(VENV)/bin/python -m pytest
+
+test-fast: environment
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+lint: environment
+	$(VENV)/bin/python -m ruff check .
+
+pretrain: environment
+	$(LEAML) pretrain
+
+gate: environment
+	$(LEAML) gate
+
+bench: environment
+	$(LEAML) bench kernels
+
+clean:
+	rm -rf build dist *.egg-info runs/demo leaml_plugin/*.so

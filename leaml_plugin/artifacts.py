@@ -1,0 +1,277 @@
+"""The run directory: the only module that knows where a run keeps what.
+
+Covers: opening a run directory for one configuration, stage directories whose completion is recorded with the
+hashes of their files, atomic writes, append-only JSONL shards, and training logs that survive a kill.
+Does not cover: what the files mean; each stage reads and writes its own through the paths given here.
+
+A run directory::
+
+    runs/endo/
+      config.json            the resolved configuration and the fingerprints of the inputs
+      stages/<name>/         what one stage wrote; done.json once it is complete, with size and SHA-256 of each file
+      stages/<name>/work/    checkpoints of a stage under way; gone once it is complete
+      adapter/ or model/     the result: an adapter in PEFT's format, or a whole model after full fine-tuning
+      report.html            what happened, for a person
+
+Everything is written under a temporary name in the same folder, synced and renamed, so that a reader sees either
+the old file or the new one and a process may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from leaml_plugin import records
+from leaml_plugin.errors import LeamlError
+
+CONFIG, DONE, WORK = "config.json", "done.json", "work"
+
+
+def canonical_json(data: Any) -> str:
+    """JSON with sorted keys: equal data gives equal text."""
+    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def fingerprint(data: Any) -> str:
+    """SHA-256 (hex) of JSON-serialisable data."""
+    return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file to; renamed to ``path`` if the block succeeds, removed if it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write canonical JSON atomically."""
+    write_text(path, canonical_json(data))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a file that does not parse is a :class:`LeamlError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LeamlError(f"{path} is damaged ({error}): delete it, or restore it, and run again.") from error
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory to fill; replaces ``path`` if the block succeeds, removed if it raises."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_records(path: Path, items: Iterable[Any]) -> None:
+    """Write records as JSONL, one a line, atomically."""
+    lines = [json.dumps(records.to_json(item), ensure_ascii=False, sort_keys=True) for item in items]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_records(path: Path, kind: type[records.R]) -> Iterator[records.R]:
+    """Read JSONL records of one kind, a line at a time."""
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield records.from_json(kind, json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise LeamlError(f"{path} line {number} is damaged ({error}): delete the file and run again.") from error
+
+
+class StageDirectory:
+    """What one stage wrote.
+
+    ``done`` is true once :meth:`finish` recorded the stage's files; a recorded file that is missing or differs is a
+    :class:`LeamlError`, never silently recomputed or trusted.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+
+    def file(self, name: str) -> Path:
+        """The path of one of the stage's files; its folder exists after this call."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def work(self) -> Path:
+        """A folder for checkpoints, removed by :meth:`finish`."""
+        path = self.path / WORK
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def done(self) -> bool:
+        record = self.path / DONE
+        if not record.exists():
+            return False
+        done = read_json(record)
+        if done["key"] != self.key:
+            raise LeamlError(
+                f"{self.path} was written by a run of another configuration: delete that folder or name another output."
+            )
+        for name, expected in done["files"].items():
+            path = self.path / name
+            if not path.exists() or path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+                raise LeamlError(
+                    f"{path} is not the file that the stage {self.path.name!r} wrote (missing, truncated or edited): "
+                    f"delete {self.path} to compute the stage again."
+                )
+        return True
+
+    def finish(self) -> None:
+        """Record every file of the stage, drop its checkpoints, and mark it complete."""
+        shutil.rmtree(self.path / WORK, ignore_errors=True)
+        files = {}
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file() and path.name != DONE and not path.name.endswith(".tmp"):
+                files[path.relative_to(self.path).as_posix()] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": file_sha256(path),
+                }
+        write_json(self.path / DONE, {"key": self.key, "files": files})
+
+    # Append-only shards of records: each is written whole, so the number of files is the progress made.
+    def shard(self, index: int) -> Path:
+        return self.file(f"part-{index:06d}.jsonl")
+
+    def shards(self) -> list[Path]:
+        return sorted(self.path.glob("part-*.jsonl"))
+
+
+class RunDirectory:
+    """One run: one configuration, one set of inputs, one directory."""
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> RunDirectory:
+        """Create the directory, or take up the run that it holds.
+
+        ``config`` is the resolved configuration, ``inputs`` the fingerprints of everything read. Both must equal
+        what an existing run was started with.
+
+        Raises:
+            LeamlError: the directory holds something else; nothing in it is touched then.
+        """
+        path = Path(path)
+        resolved = json.loads(json.dumps({"config": config, "inputs": inputs}))
+        key = fingerprint(resolved)
+        record = path / CONFIG
+        if record.exists():
+            cls._check_same(path, read_json(record), resolved)
+        elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
+            raise LeamlError(f"{path} exists and is no run directory of leaml: name another --output, or an empty one.")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(record, resolved)
+        return cls(path, key)
+
+    @staticmethod
+    def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        differing = [
+            f"{name} is {_short(a)} there and {_short(b)} here"
+            for part in ("inputs", "config")
+            for name, a, b in _differences(there.get(part, {}), here[part])
+        ]
+        if differing:
+            more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+            raise LeamlError(
+                f"{path} holds a run of another configuration: {'; '.join(differing[:3])}{more}. "
+                f"Name another --output, or repeat the options of the first run to take it up."
+            )
+
+    def stage(self, name: str) -> StageDirectory:
+        return StageDirectory(self.path / "stages" / name, self.key)
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names at which two JSON values differ, with both values."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for name in sorted({*a, *b}):
+            yield from _differences(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else name)
+    elif a != b:
+        yield prefix, a, b
+
+
+class StepLog:
+    """A JSONL training log, one line a step, that a resumed run continues exactly where its checkpoint stands."""
+
+    def __init__(self, path: Path, first_step: int):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        # A kill can leave lines of steps after the checkpoint, the last one possibly cut short.
+        write_text(path, "".join(lines[:first_step]))
+        self._file = open(path, "a", encoding="utf-8")
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(entry, sort_keys=True) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
