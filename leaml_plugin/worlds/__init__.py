@@ -1,0 +1,80 @@
+"""The embedded synthetic domains, their exports, their tokenizer and the tiny checkpoint pre-trained on one of them.
+
+Covers four worlds, each a pure function of ``(seed, index)`` in integer arithmetic, so that a picture is the same
+bytes on every machine:
+
+``general``     coloured shapes on a 3x3 grid; what the shipped checkpoint was pre-trained on
+``endoscopy``   the question templates of Kvasir-VQA over mucosa-like pictures          (out of distribution)
+``sports``      SPORTU's multiple choice with difficulty levels over three-frame clips  (out of distribution)
+``garden``      a plain third out-of-distribution world: learning rates are tuned here, no result is reported on it
+
+The worlds share visual primitives (shapes, colours, textures, sizes, positions, counts, motions), never their terms.
+
+Public functions (all lazy: importing this module imports neither numpy nor torch)::
+
+    render(world, index, seed=0) -> Scene
+        Scene.frames: list of uint8 arrays [96, 96, 3] (one, or three for a clip); Scene.images(): PIL pictures;
+        Scene.qas: list of WorldQA(template, question, answer, level, options, kind); Scene.caption (the noisy generic
+        teacher), Scene.true_caption; Scene.id, Scene.scene_group.
+    export(world, out_dir, pictures=..., seed=0, start=0, schema="plain") -> ExportedWorld
+        "plain"   images/*.png, qa.jsonl {"id","image"|"images","question","answer","template",...}, captions.jsonl
+                  {"image": relative path, "caption": ...}
+        "kvasir"  data/raw-00000-of-00001.parquet with columns image {bytes, path}, source, question, answer, img_id
+                  (one row per picture and question), captions.jsonl with the pictures as files beside it
+        "sportu"  SportU_Video_mc.json (id, question, options, answer, difficulty level), SportU_text.json is not
+                  made; videos/<id>/frame_000.png ..., captions.jsonl {"images": [...], "caption": ...}
+    checkpoint_path() -> Path
+        the directory of the shipped tiny Qwen2.5-VL: AutoProcessor and AutoModelForImageTextToText load it offline
+    blind_majority(world, pictures=..., seed=0, start=0) -> dict
+        the oracle image-blind majority: {"overall": float, "templates": {template: float}, "questions": int}
+    general_object_qa(model, processor=None, pictures=..., seed=...) -> dict
+        accuracy of a model on held-out general pictures: {"object": float, "overall": float, "templates": {...}}
+    forgetting(model, ...) -> dict
+        the general world's QA accuracy and caption loss, for before and after
+
+Prompts that the checkpoint knows (paraphrases were trained too)::
+
+    question answering   the question alone; multiple choice: question + "\\nA. red\\nB. blue\\n..." +
+                         "\\nAnswer with the option's letter from the given choices directly."   -> "B"
+    caption              "Describe the image."
+    question writing     "Write a question about the image and its answer."  -> "Question: ...\\nAnswer: ..."
+
+Does not cover: how the pipeline reads the exports (``leaml_plugin.data``) and how methods are compared
+(``leaml_plugin.study``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+WORLDS = ("general", "endoscopy", "sports", "garden")
+
+_EXPORTS = {
+    "render": "leaml_plugin.worlds.scenes",
+    "Scene": "leaml_plugin.worlds.scenes",
+    "WorldQA": "leaml_plugin.worlds.scenes",
+    "mc_prompt": "leaml_plugin.worlds.scenes",
+    "export": "leaml_plugin.worlds.export",
+    "ExportedWorld": "leaml_plugin.worlds.export",
+    "checkpoint_path": "leaml_plugin.worlds.export",
+    "blind_majority": "leaml_plugin.worlds.blind",
+    "general_object_qa": "leaml_plugin.worlds.evaluate",
+    "forgetting": "leaml_plugin.worlds.evaluate",
+}
+
+__all__ = ["WORLDS", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from leaml_plugin.worlds.blind import blind_majority
+    from leaml_plugin.worlds.evaluate import forgetting, general_object_qa
+    from leaml_plugin.worlds.export import ExportedWorld, checkpoint_path, export
+    from leaml_plugin.worlds.scenes import Scene, WorldQA, mc_prompt, render
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'leaml_plugin.worlds' has no attribute {name!r}")
