@@ -1,0 +1,136 @@
+"""Stage 1, neuron relevance: which neurons matter for question answering (LEAML, selective neuron distillation).
+
+Runs the QA loss of the labelled set through the base model once, accumulates a gradient-based score for each neuron
+(output row of a target Linear, or a whole FFN neuron), and selects the top share. Only those neurons learn from the
+teacher's captions later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from leaml_plugin.artifacts import StageDirectory
+from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.progress import track
+from leaml_plugin.records import QA
+from leaml_plugin.selection import NeuronScores, RelevanceScorer, Selection, all_neurons, random_selection, select
+from leaml_plugin.training import autocast, seed_everything, to_device
+
+if TYPE_CHECKING:
+    from leaml_plugin.data import Collator, Prompts
+    from leaml_plugin.models import Loaded
+
+SCORES, SELECTION = "scores.safetensors", "selection.safetensors"
+LOSSES = ("generate", "vqa", "both")
+CHOICES = ("relevance", "random", "all")
+
+
+@dataclass(frozen=True)
+class RelevanceConfig:
+    """What is scored and how many neurons are selected.
+
+    Attributes:
+        criterion: "taylor" |sum w*g|, "abs_taylor" sum |w*g|, "fisher" sum g^2 or "grad_norm" sqrt(sum g^2).
+        granularity: "row" (an output row of a Linear) or "ffn" (gate row, up row and down column together).
+        loss: the loss that is scored: writing question and answer ("generate"), answering ("vqa"), or "both".
+        density: share of the neurons that is selected, in (0, 1].
+        scope: the share holds per "layer" (each Linear), per "group" or over the whole "model".
+        choice: "relevance"; "random" (same number, for ablation); "all" (plain distillation, for ablation).
+        targets: regular expression over module names; empty: the language model's Linears (``models``).
+        batch_size: samples a backward pass; the score of |sum w*g| depends on it.
+        seed: of the random choice.
+    """
+
+    criterion: str = "taylor"
+    granularity: str = "row"
+    loss: str = "generate"
+    density: float = 0.1
+    scope: str = "layer"
+    choice: str = "relevance"
+    targets: str = ""
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise unknown_name("relevance loss", self.loss, LOSSES)
+        if self.choice not in CHOICES:
+            raise unknown_name("choice of neurons", self.choice, CHOICES)
+        if not 0 < self.density <= 1:
+            raise LeamlError(f"relevance: density is {self.density}; it must be above 0 and at most 1.")
+        if self.batch_size < 1:
+            raise LeamlError(f"relevance: batch_size is {self.batch_size}; it must be at least 1.")
+
+
+def run(
+    config: RelevanceConfig,
+    stage: StageDirectory,
+    *,
+    load: Callable[[], Loaded],
+    collator: Callable[[Loaded], Collator],
+    prompts: Prompts,
+    labels: Sequence[QA],
+) -> Selection:
+    """Score every neuron on ``labels`` and select; returns the selection, also saved beside the scores."""
+    if stage.done:
+        return Selection.load(stage.file(SELECTION))
+    loaded = load()
+    linears = _targets(loaded.model, config)
+    scores = score(config, loaded, collator(loaded), prompts, labels, linears)
+    if config.choice == "relevance":
+        selection = select(scores, config.density, scope=config.scope)
+    elif config.choice == "random":
+        selection = random_selection(linears, config.density, seed=config.seed)
+    else:
+        selection = all_neurons(linears)
+    scores.save(stage.file(SCORES))
+    selection.save(stage.file(SELECTION))
+    stage.finish()
+    return selection
+
+
+def _targets(model: torch.nn.Module, config: RelevanceConfig) -> dict[str, torch.nn.Module]:
+    from leaml_plugin.models import target_linears
+
+    return target_linears(model, config.targets or None)
+
+
+def score(
+    config: RelevanceConfig,
+    loaded: Loaded,
+    collator: Collator,
+    prompts: Prompts,
+    labels: Sequence[QA],
+    linears: dict[str, torch.nn.Module],
+) -> NeuronScores:
+    """The relevance of every neuron of ``linears`` for the QA loss over ``labels``; the model is left as it was."""
+    turns = []
+    for qa in labels:
+        if config.loss in ("generate", "both"):
+            turns.append(prompts.generate_target(qa))
+        if config.loss in ("vqa", "both"):
+            turns.append(prompts.vqa(qa))
+    model = loaded.model
+    device = next(model.parameters()).device
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    for p in frozen:
+        p.requires_grad_(False)
+    for module in linears.values():
+        module.weight.requires_grad_(True)
+    model.eval()  # the score is of the model as it answers, without dropout
+    scorer = RelevanceScorer(linears, criterion=config.criterion, granularity=config.granularity)
+    batches = [turns[i : i + config.batch_size] for i in range(0, len(turns), config.batch_size)]
+    for number, batch in enumerate(track(batches, "relevance", unit="batch")):
+        seed_everything(config.seed, "relevance", number)
+        with autocast("auto", device, next(model.parameters()).dtype):
+            loss = model(**to_device(collator(batch), device)).loss
+        loss.backward()
+        scorer.accumulate()
+    for p, flag in frozen.items():
+        p.requires_grad_(flag)
+        p.grad = None
+    return scorer.scores()

@@ -1,0 +1,148 @@
+"""Stage 2, the QA generator: QA loss on the labels, caption distillation on the unlabelled pictures.
+
+The generator is the MLLM itself, trained to write a question and its answer for a picture. The teacher's captions of
+the unlabelled pictures regularise it: they carry the look of the new domain. Captions may move only the selected
+neurons (LEAML, selective neuron distillation), so that the generator gains the domain and keeps its language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from leaml_plugin.artifacts import StageDirectory
+from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.optim import SparseAdamW
+from leaml_plugin.records import QA, Picture
+from leaml_plugin.selection import Selection
+from leaml_plugin.selective import attach
+from leaml_plugin.training import Objective, Stream, TrainConfig, train
+from leaml_plugin.tuner import save_adapter
+
+if TYPE_CHECKING:
+    from leaml_plugin.data import Collator, Prompts
+    from leaml_plugin.models import Loaded
+
+ADAPTER, MODEL = "adapter", "model"
+UPDATES = ("selected", "all")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """How the QA generator is trained.
+
+    Attributes:
+        train: the loop; ``batch_size`` counts the labelled samples of a step.
+        caption_batch: captioned pictures of a step; 0 takes as many as labelled samples.
+        qa_weight, caption_weight: weights of the two losses; a caption weight of 0 turns distillation off.
+        qa_updates: what the QA loss may move: the "selected" neurons, or "all" parameters. Captions move the
+            selected neurons in either case.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    caption_batch: int = 0
+    qa_weight: float = 1.0
+    caption_weight: float = 1.0
+    qa_updates: str = "selected"
+
+    def __post_init__(self):
+        if self.qa_updates not in UPDATES:
+            raise unknown_name("choice of what the QA loss updates", self.qa_updates, UPDATES)
+        if self.qa_weight <= 0 or self.caption_weight < 0:
+            raise LeamlError("generator: qa_weight must be positive and caption_weight must not be negative.")
+
+
+def run(
+    config: GeneratorConfig,
+    stage: StageDirectory,
+    *,
+    load: Callable[[], Loaded],
+    collator: Callable[[Loaded], Collator],
+    prompts: Prompts,
+    labels: Sequence[QA],
+    pictures: Sequence[Picture],
+    selection: Selection,
+) -> dict[str, Path]:
+    """Train the generator; returns where its weights are, as keyword arguments of ``models.load``."""
+    result = {"adapter": stage.file(ADAPTER)} if config.qa_updates == "selected" else {"path": stage.file(MODEL)}
+    if stage.done:
+        return result
+    loaded = load()
+    model = loaded.model
+    qa_turns = [prompts.generate_target(qa) for qa in labels]
+    caption_turns = [turn for turn in map(prompts.caption, pictures) if turn.target]
+    qa = Objective("qa", [Stream("labels", qa_turns, config.train.batch_size)], config.qa_weight)
+    objectives = [qa]
+    distils = config.caption_weight > 0
+    if distils and not caption_turns:
+        raise LeamlError("generator: no picture has a caption; give --captions, or set generator.caption_weight=0.")
+    count = config.caption_batch or config.train.batch_size
+
+    for p in model.parameters():
+        p.requires_grad_(config.qa_updates == "all")
+    if config.qa_updates == "selected":
+        handle = attach(model, selection)
+        parameters = dict(handle.named_parameters())
+        optimizer: torch.optim.Optimizer = SparseAdamW(
+            handle.param_groups(),
+            lr=config.train.lr,
+            betas=config.train.betas,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+        )
+        if distils:
+            captions = Stream("captions", caption_turns, count)
+            objectives = [Objective("caption", [captions], config.caption_weight), qa]
+    else:
+        parameters = dict(model.named_parameters())
+        optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=config.train.lr,
+            betas=config.train.betas,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+        )
+        if distils:
+            # Captions come first: their gradients are cut down to the selected neurons before QA adds its own.
+            captions = Stream("captions", caption_turns, count)
+            keep = selection.masks(model)
+            objectives = [
+                Objective("caption", [captions], config.caption_weight, lambda: restrict(parameters, keep)),
+                qa,
+            ]
+    train(
+        model,
+        collator(loaded),
+        objectives,
+        parameters,
+        optimizer,
+        config.train,
+        stage,
+        label="generator",
+        after_restore=handle.sync if config.qa_updates == "selected" else lambda: None,
+    )
+    if config.qa_updates == "selected":
+        handle.detach()
+        save_adapter(handle, selection, loaded, stage.file(ADAPTER))
+    else:
+        from leaml_plugin.models import save
+
+        save(model, loaded.processor, stage.file(MODEL))
+    stage.finish()
+    return result
+
+
+def restrict(parameters: dict[str, torch.nn.Parameter], keep: dict[str, torch.Tensor]) -> None:
+    """Zero the gradients outside the masks ``keep`` (parameter name -> bool, broadcastable to the weight)."""
+    for name, p in parameters.items():
+        if p.grad is None:
+            continue
+        if name in keep:
+            p.grad.mul_(keep[name])
+        else:
+            p.grad = None
