@@ -1,0 +1,390 @@
+"""Turns become batches: prompt tokens as generation will see them, then the target, with the rest masked.
+
+Covers: any ``AutoProcessor`` that has a chat template, several pictures a turn, text-only turns beside turns with
+pictures, and pictures of different sizes in one batch, whether the processor returns flattened patches, stacks or
+padded tiles. Each turn is encoded alone and the results are merged, so a turn's tensors never depend on its neighbours.
+Does not cover: several exchanges in one sample, audio.
+
+Training and generation agree exactly. The prompt ids come from the processor with ``add_generation_prompt=True`` in both
+cases; the target's ids follow them in training, up to and including the template's end-of-turn token (``eos`` where
+the template has none).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leaml_plugin.data.images import open_image
+from leaml_plugin.data.prompts import Prompts, Turn
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.records import ImageRef
+
+IGNORE = -100
+"""The label of a token that no loss is taken on (``torch.nn.functional.cross_entropy``'s default)."""
+
+_MEDIA_PREFIXES = ("pixel_", "image_", "video_", "aspect_", "spatial_")
+_PROBE_PROMPT, _PROBE_TARGET = "leamlprobeprompt", "leamlprobetarget"
+
+
+@dataclass(frozen=True)
+class Features:
+    """One encoded turn.
+
+    ``sequence``: tensors with one entry a token, ``[length, ...]`` (``input_ids`` int64, ``attention_mask`` int64, what
+    else the processor gives). ``media``: what the pictures became, in the processor's own shapes. The first
+    ``prompt_length`` tokens are the prompt; the rest, if any, is the target.
+    """
+
+    turn: Turn
+    sequence: dict[str, Tensor]
+    media: dict[str, Tensor]
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return len(self.sequence["input_ids"])
+
+
+class Collator:
+    """Encodes and batches :class:`~leaml_plugin.data.prompts.Turn` for one processor.
+
+    Args:
+        processor: an ``AutoProcessor`` with tokenizer and chat template.
+        prompts: where the system message comes from; the default prompts if ``None``.
+        max_length: the most tokens a turn may have, pictures and target included. Nothing is ever truncated: a longer
+            turn is an error that names it.
+        cache_bytes: keep up to so many bytes of processed pictures in memory, the least recently used leave first.
+            0 turns it off. A hit skips decoding and resizing.
+
+    Raises:
+        LeamlError: the processor has no chat template, or its template drops pictures.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        prompts: Prompts | None = None,
+        *,
+        max_length: int | None = None,
+        cache_bytes: int = 0,
+    ):
+        self.prompts = prompts if prompts is not None else Prompts.load()
+        self.max_length = max_length
+        self.tokenizer = getattr(processor, "tokenizer", None)
+        if self.tokenizer is None or not hasattr(processor, "image_processor"):
+            raise LeamlError(f"{type(processor).__name__} has no tokenizer and image processor; use an image-text model.")
+        if getattr(processor, "chat_template", None) is None:
+            if getattr(self.tokenizer, "chat_template", None) is None:
+                name = getattr(self.tokenizer, "name_or_path", "") or type(processor).__name__
+                raise LeamlError(f"{name}: the processor has no chat template; use the instruction-tuned checkpoint.")
+            processor = copy.copy(processor)
+            processor.chat_template = self.tokenizer.chat_template
+        self._pictures = _PictureCache(processor.image_processor, cache_bytes) if cache_bytes > 0 else None
+        if self._pictures is not None:
+            processor = copy.copy(processor)
+            processor.image_processor = self._pictures
+        self.processor = processor
+        pad = self.tokenizer.pad_token_id
+        self.pad_id: int = pad if pad is not None else self.tokenizer.eos_token_id
+        self._row_keys: frozenset[str] | None = None
+        self._read_template()
+
+    # -- public ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
+        """A training batch, padded on the right.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` (int64 ``[batch, length]``; labels are :data:`IGNORE` outside
+            the target) and the processor's picture tensors.
+
+        Raises:
+            LeamlError: a turn without target, or longer than ``max_length``; a picture that cannot be opened.
+        """
+        return self.merge([self.features(turn) for turn in turns], side="right", labels=True)
+
+    def encode(self, turn: Turn) -> dict[str, Tensor]:
+        """The training batch of this turn alone."""
+        return self([turn])
+
+    def prompt_batch(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
+        """A batch for ``generate``: prompts only, padded on the left, no labels. Targets are ignored."""
+        return self.merge([self.prompt_features(turn) for turn in turns], side="left")
+
+    def features(self, turn: Turn) -> Features:
+        """Prompt and target of ``turn`` as tensors."""
+        target = (turn.target or "").strip()
+        if not target:
+            raise LeamlError(f"{turn.where}: has no answer to learn; fill it in or remove the sample.")
+        prompt = self._prompt(turn)
+        ids = torch.tensor(self._target_ids(self._plain(target)) + self._suffix_ids, dtype=torch.int64)
+        sequence = {key: torch.cat([value, _extension(key, value, ids)]) for key, value in prompt.sequence.items()}
+        out = Features(turn, sequence, prompt.media, prompt.prompt_length)
+        self._check_length(out)
+        return out
+
+    def prompt_features(self, turn: Turn) -> Features:
+        """The prompt of ``turn`` alone, ending where the model's answer begins."""
+        out = self._prompt(turn)
+        self._check_length(out)
+        return out
+
+    def merge(self, features: Sequence[Features], *, side: str, labels: bool = False) -> dict[str, Tensor]:
+        """Pad and join encoded turns; ``side`` is where the padding goes."""
+        length = max(len(f) for f in features)
+        batch: dict[str, Tensor] = {}
+        for key in dict.fromkeys(key for f in features for key in f.sequence):
+            fill = self.pad_id if key == "input_ids" else 0
+            like = next(f.sequence[key] for f in features if key in f.sequence)
+            rows = [f.sequence.get(key, like.new_zeros((len(f), *like.shape[1:]))) for f in features]
+            trailing = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows))]
+            batch[key] = torch.stack([_pad(row, [length, *trailing], fill, side) for row in rows])
+        if labels:
+            rows = []
+            for f in features:
+                row = f.sequence["input_ids"].clone()
+                row[: f.prompt_length] = IGNORE
+                rows.append(_pad(row, [length], IGNORE, side))
+            batch["labels"] = torch.stack(rows)
+        batch.update(self._merge_media(features))
+        return batch
+
+    def decode(self, ids: Tensor) -> str:
+        """Generated ids as text, without special tokens and surrounding white space."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    # -- the template ----------------------------------------------------------------------------------------------
+
+    def _messages(self, prompt: str, images: int, target: str | None = None) -> list[dict[str, Any]]:
+        messages = []
+        if self.prompts.system:
+            messages.append({"role": "system", "content": [{"type": "text", "text": self.prompts.system}]})
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
+        messages.append({"role": "user", "content": content})
+        if target is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": target}]})
+        return messages
+
+    def _render(self, prompt: str, images: int, target: str | None = None, *, ask: bool) -> str:
+        messages = self._messages(prompt, images, target)
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+
+    def _read_template(self) -> None:
+        """Find out what stands between the generation prompt and an answer, and what ends an answer."""
+        asked = self._render(_PROBE_PROMPT, 1, ask=True)
+        plain = self._render(_PROBE_PROMPT, 1, ask=False)
+        full = self._render(_PROBE_PROMPT, 1, _PROBE_TARGET, ask=False)
+        if _PROBE_PROMPT not in asked or _PROBE_TARGET not in full:
+            raise LeamlError("the chat template drops the text of a message; check the processor's chat_template.")
+        before, _, after = full.rpartition(_PROBE_TARGET)
+        # LLaVA-1.5 asks with "ASSISTANT:" and answers "ASSISTANT: polyp": the space belongs to the answer
+        self._lead = before[len(asked) :] if before.startswith(asked) else ""
+        self._anchor = asked[len(plain) :] if asked.startswith(plain) else ""
+
+        special = set(self.tokenizer.all_special_ids)
+        special.update(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        suffix = self._tokenize(after)
+        stop = next((n for n, i in enumerate(suffix) if i in special), None)
+        if stop is not None:
+            self._suffix_ids = suffix[: stop + 1]
+        elif self.tokenizer.eos_token_id is not None:
+            # a template without end-of-turn token: training must still teach the model to stop
+            self._suffix_ids = [self.tokenizer.eos_token_id]
+        else:
+            raise LeamlError("neither the chat template nor the tokenizer has an end-of-turn token; set eos_token.")
+
+        one = self._process(asked, [Image.new("RGB", (64, 64))], "the probe picture")
+        sequence, media = self._split(one)
+        if not media:
+            raise LeamlError("the chat template drops pictures; check the processor's chat_template.")
+        # Control tokens that data may not forge: those of the template and of the expanded pictures
+        ids = set(sequence["input_ids"].tolist()) | set(self._suffix_ids)
+        known = {self.tokenizer.convert_ids_to_tokens(i) for i in ids & special}
+        known.update(self.tokenizer.convert_ids_to_tokens(i) for i in self.tokenizer.all_special_ids if i in special)
+        known.update(getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+        self._control = sorted((t for t in known if isinstance(t, str) and len(t) > 1), key=lambda t: (-len(t), t))
+
+    @property
+    def end_of_turn(self) -> int:
+        """Id of the token that ends an answer."""
+        return self._suffix_ids[-1]
+
+    def _plain(self, text: str) -> str:
+        """``text`` with control tokens made harmless by a space.
+
+        A question that contains ``<image>`` or ``<|im_end|>`` must not call for a picture or end the turn; this holds
+        for data files as for what a generator wrote.
+        """
+        for token in self._control:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]) if text else []
+
+    def _target_ids(self, target: str) -> list[int]:
+        # SentencePiece tokenizers put a space before the first word of what they are given. With the end of the prompt
+        # in front they don't, and the ids are those which the model would write itself.
+        anchor, whole = self._tokenize(self._anchor), self._tokenize(self._anchor + self._lead + target)
+        if anchor and whole[: len(anchor)] == anchor and len(whole) > len(anchor):
+            return whole[len(anchor) :]
+        return self._tokenize(self._lead + target)
+
+    def _prompt(self, turn: Turn) -> Features:
+        text = self._render(self._plain(turn.prompt), len(turn.images), ask=True)
+        try:
+            pictures = self._open(turn.images)
+        except LeamlError as error:
+            raise LeamlError(f"{turn.where}: {error}" if turn.source else str(error)) from error
+        sequence, media = self._split(self._process(text, pictures, turn.where))
+        return Features(turn, sequence, media, len(sequence["input_ids"]))
+
+    def _open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:
+        if self._pictures is None:
+            return [open_image(ref) for ref in images]
+        return self._pictures.open(images)
+
+    def _process(self, text: str, pictures: list[Image.Image], where: str) -> dict[str, Tensor]:
+        # as apply_chat_template(tokenize=True) does: no second beginning-of-sequence token
+        bos = self.tokenizer.bos_token
+        kwargs: dict[str, Any] = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+        if pictures:
+            kwargs["images"] = [pictures]
+        try:
+            return dict(self.processor(text=[text], return_tensors="pt", truncation=False, **kwargs))
+        except ValueError as error:
+            raise LeamlError(f"{where}: the processor refuses it ({str(error).splitlines()[0]})") from error
+
+    @staticmethod
+    def _split(data: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What has one entry a token, without the batch dimension, and what belongs to the pictures."""
+        length = data["input_ids"].shape[1]
+        sequence, media = {}, {}
+        for key, value in data.items():
+            if not isinstance(value, Tensor):
+                continue
+            if tuple(value.shape[:2]) == (1, length) and not key.startswith(_MEDIA_PREFIXES):
+                sequence[key] = value[0]
+            else:
+                media[key] = value
+        return sequence, media
+
+    def _check_length(self, features: Features) -> None:
+        if self.max_length is None or len(features) <= self.max_length:
+            return
+        image_id = getattr(self.processor, "image_token_id", None)
+        pictures = int((features.sequence["input_ids"] == image_id).sum()) if image_id is not None else 0
+        of_pictures = f" ({pictures} of them for {len(features.turn.images)} picture(s))" if pictures else ""
+        raise LeamlError(
+            f"{features.turn.where}: {len(features)} tokens{of_pictures} do not fit the limit of {self.max_length}; "
+            "raise max_length, lower the picture size of the processor (max_pixels), or shorten the text."
+        )
+
+    # -- pictures --------------------------------------------------------------------------------------------------
+
+    def _merge_media(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        batch = {}
+        for key in dict.fromkeys(key for f in features for key in f.media):
+            values = [f.media.get(key) for f in features]
+            if any(v is None for v in values) and key in self._keys_by_row():
+                like = next(v for v in values if v is not None)
+                values = [v if v is not None else torch.zeros_like(like[:1]) for v in values]
+            present = [v for v in values if v is not None]
+            # zero padding is what the processors do themselves when they batch tiles or sizes
+            trailing = [max(sizes) for sizes in zip(*(v.shape[1:] for v in present))]
+            batch[key] = torch.cat([_pad(v, [v.shape[0], *trailing], 0, "right") for v in present])
+        return batch
+
+    def _keys_by_row(self) -> frozenset[str]:
+        """Picture tensors with one row a sample (Idefics3, Mllama), not one a picture or patch.
+
+        Their text-only samples need an empty row. Found out by trying: two pictures in a turn still make one row.
+        """
+        if self._row_keys is None:
+            blank = Image.new("RGB", (64, 64))
+            one, two = (
+                self._split(self._process(self._render(_PROBE_PROMPT, n, ask=True), [blank] * n, "the probe picture"))[1]
+                for n in (1, 2)
+            )
+            self._row_keys = frozenset(k for k in one if one[k].shape[0] == two[k].shape[0] == 1)
+        return self._row_keys
+
+
+class _PictureCache:
+    """Stands in for the processor's image processor and remembers what it made of each tuple of pictures.
+
+    On a hit the processor gets blank pictures of the original sizes, which it only counts and measures, and then the
+    remembered tensors. Everything but the call is the wrapped image processor's.
+    """
+
+    def __init__(self, inner: Any, limit: int):
+        self._inner, self._limit, self._bytes = inner, limit, 0
+        self._key: tuple[ImageRef, ...] | None = None
+        self._entries: OrderedDict[tuple[ImageRef, ...], tuple[list[tuple[int, int]], Any, int]] = OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:
+        """The pictures for the next call: the real ones, or blanks where the result is known."""
+        self._key = images or None
+        if self._key in self._entries:
+            return [Image.new("RGB", size) for size in self._entries[images][0]]
+        return [open_image(ref) for ref in images]
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        key, self._key = self._key, None
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return _shallow(self._entries[key][1])
+        result = self._inner(images, *args, **kwargs)
+        if key is not None:
+            size = sum(v.nbytes for v in result.values() if isinstance(v, Tensor))
+            if size <= self._limit:
+                sizes = [p.size for p in _flat(images)]
+                self._entries[key] = (sizes, _shallow(result), size)
+                self._bytes += size
+                while self._bytes > self._limit:
+                    self._bytes -= self._entries.popitem(last=False)[1][2]
+        return result
+
+
+def _shallow(feature: Any) -> Any:
+    """A copy that the processor may remove keys from."""
+    return type(feature)(data=dict(feature))
+
+
+def _flat(images: Any) -> list[Image.Image]:
+    return [p for item in images for p in _flat(item)] if isinstance(images, list | tuple) else [images]
+
+
+def _extension(key: str, prompt: Tensor, target: Tensor) -> Tensor:
+    """The entries of ``key`` for the target's tokens, ``[len(target), ...]``."""
+    if key == "input_ids":
+        return target
+    if key == "attention_mask":
+        return prompt.new_ones((len(target), *prompt.shape[1:]))
+    if key == "cross_attention_mask":
+        # later tokens see the pictures that the prompt's last token sees
+        return prompt[-1:].expand(len(target), *prompt.shape[1:])
+    return prompt.new_zeros((len(target), *prompt.shape[1:]))  # token types: text
+
+
+def _pad(value: Tensor, shape: Sequence[int], fill: int, side: str) -> Tensor:
+    """``value`` grown to ``shape``; the first dimension is padded on ``side``, the others always on the right."""
+    if list(value.shape) == list(shape):
+        return value
+    out = value.new_full(tuple(shape), fill)
+    start = shape[0] - value.shape[0] if side == "left" else 0
+    out[(slice(start, start + value.shape[0]), *(slice(0, n) for n in value.shape[1:]))] = value
+    return out

@@ -1,0 +1,140 @@
+"""Opening pictures safely: every picture that a model sees comes through :func:`open_image`.
+
+Covers: files and pictures embedded in Hugging Face datasets, EXIF orientation, grey and 16-bit pictures, and one clear
+sentence for what cannot be opened (missing, truncated, no picture, a decompression bomb).
+Does not cover: resizing and normalisation, which belong to the model's processor; decoding videos (a video is given as
+its frames).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlencode
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.progress import Progress
+from leaml_plugin.records import ImageRef
+
+# Suffixes by which a directory of pictures is read, and the decoders that may run. Pillow knows more; some of those
+# start other programs (EPS) or are rarely exercised parsers.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+
+MAX_PIXELS = 150_000_000
+"""A picture with more pixels than this is refused before it is decoded (RGB: 450 MB)."""
+
+
+def hf_uri(dataset: str, split: str, row: int, column: str, index: int | None = None) -> str:
+    """The uri of a picture embedded in a Hugging Face dataset; ``index`` counts inside a list column."""
+    query = {"split": split, "row": row, "column": column}
+    if index is not None:
+        query["index"] = index
+    return "hf:" + dataset.replace("%", "%25").replace("?", "%3F") + "?" + urlencode(query)
+
+
+def open_image(ref: ImageRef) -> Image.Image:
+    """The picture as RGB, upright by its EXIF orientation, fully decoded.
+
+    Raises:
+        LeamlError: it is missing, not a picture, truncated, or larger than :data:`MAX_PIXELS`.
+    """
+    if ref.uri.startswith("hf:"):
+        return _decode(*_embedded(ref.uri))
+    try:
+        # a named pipe in place of a picture would block for ever
+        if not stat.S_ISREG(os.stat(ref.uri).st_mode):
+            raise LeamlError(f"{ref.uri}: is not a regular file; give the path of a picture.")
+        with open(ref.uri, "rb") as file:
+            return _decode(file, ref.uri)
+    except FileNotFoundError as error:
+        raise LeamlError(f"{ref.uri}: no such picture; correct the path or add the file.") from error
+    except PermissionError as error:
+        raise LeamlError(f"{ref.uri}: may not be read; change its permissions.") from error
+
+
+def check_images(records: Iterable[Any], *, progress: bool = True) -> int:
+    """Decode every picture of ``records`` (anything with ``images``) once, before anything expensive starts.
+
+    Returns:
+        How many different pictures there are.
+
+    Raises:
+        LeamlError: names the first record and picture that cannot be opened, and how many more there are.
+    """
+    owner: dict[ImageRef, Any] = {}
+    for record in records:
+        for ref in record.images:
+            owner.setdefault(ref, record)
+    bad: list[str] = []
+    bar = Progress("checking pictures", len(owner), unit="picture") if progress else None
+    for ref, record in owner.items():
+        try:
+            open_image(ref)
+        except LeamlError as error:
+            where = getattr(record, "source", "")
+            bad.append(f"{where}: {error}" if where else str(error))
+        if bar:
+            bar.update()
+    if bar:
+        bar.close()
+    if bad:
+        more = f" ({len(bad) - 1} more of {len(owner)} pictures cannot be opened either)" if len(bad) > 1 else ""
+        raise LeamlError(bad[0] + more)
+    return len(owner)
+
+
+def _decode(file: Any, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # our own limit is checked below, before any pixel is decoded
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file, formats=_DECODERS)
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise LeamlError(
+                    f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS} that are opened; scale it down."
+                )
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture))
+    except Image.DecompressionBombError as error:
+        raise LeamlError(f"{name}: too many pixels to open safely ({error}); scale it down.") from error
+    except UnidentifiedImageError as error:
+        raise LeamlError(f"{name}: is not a picture in a known format ({', '.join(_DECODERS)}).") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise LeamlError(f"{name}: the picture is truncated or damaged ({error}); replace the file.") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        # convert("RGB") would clip 16 bit to 255 and show nearly all of it white
+        return picture.point(lambda v: v / 256).convert("L").convert("RGB")
+    if picture.mode in ("I", "F"):
+        low, high = picture.getextrema()
+        scale = 255.0 / (high - low) if high > 255 or low < 0 else 1.0
+        shift = -low * scale if scale != 1.0 else 0.0
+        return picture.convert("F").point(lambda v: v * scale + shift).convert("L").convert("RGB")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
+
+
+def _embedded(uri: str) -> tuple[Any, str]:
+    from leaml_plugin.data.hub import embedded_bytes
+
+    dataset, _, query = uri[len("hf:") :].partition("?")
+    try:
+        fields = {key: values[0] for key, values in parse_qs(query, strict_parsing=True).items()}
+        split, row, column = fields["split"], int(fields["row"]), fields["column"]
+        index = int(fields["index"]) if "index" in fields else None
+    except (KeyError, ValueError) as error:
+        raise LeamlError(f"{uri}: is no picture of a dataset (wanted hf:<dataset>?split=…&row=…&column=…).") from error
+    return io.BytesIO(embedded_bytes(unquote(dataset), split, row, column, index)), uri
