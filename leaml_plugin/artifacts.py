@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,9 @@ def read_records(path: Path, kind: type[records.R]) -> Iterator[records.R]:
             try:
                 yield records.from_json(kind, json.loads(line))
             except (json.JSONDecodeError, TypeError) as error:
-                raise LeamlError(f"{path} line {number} is damaged ({error}): delete the file and run again.") from error
+                raise LeamlError(
+                    f"{path} line {number} is damaged ({error}): delete the file and run again."
+                ) from error
 
 
 class StageDirectory:
@@ -194,11 +196,17 @@ class RunDirectory:
         self.path, self.key = path, key
 
     @classmethod
-    def open(cls, path: str | os.PathLike, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> RunDirectory:
+    def open(
+        cls,
+        path: str | os.PathLike,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+    ) -> RunDirectory:
         """Create the directory, or take up the run that it holds.
 
         ``config`` is the resolved configuration, ``inputs`` the fingerprints of everything read. Both must equal
-        what an existing run was started with.
+        what an existing run was started with. ``check`` is called before a new run is created and may refuse it.
 
         Raises:
             LeamlError: the directory holds something else; nothing in it is touched then.
@@ -212,6 +220,7 @@ class RunDirectory:
         elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
             raise LeamlError(f"{path} exists and is no run directory of leaml: name another --output, or an empty one.")
         else:
+            check()
             path.mkdir(parents=True, exist_ok=True)
             write_json(record, resolved)
         return cls(path, key)

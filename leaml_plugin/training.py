@@ -263,9 +263,7 @@ def _save(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.o
                 tensors[f"state/{index}/{name}"] = value
             else:
                 scalars.setdefault(str(index), {})[name] = value
-    groups = [
-        {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]
-    ]
+    groups = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
     meta = {"step": step, "groups": groups, "scalars": scalars}
     with atomic_path(path) as temporary:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"leaml": json.dumps(meta)})

@@ -30,7 +30,8 @@ REASONS = ("malformed", "too_long", "unanswerable", "unlikely", "inconsistent", 
 
 _UNANSWERABLE = re.compile(
     r"\b(?:can ?not|can't|could not|unable to|impossible to) (?:be )?(?:determined?|tell|say|answer|know|see|identify)"
-    r"|\b(?:unknown|unanswerable|unclear|uncertain|not (?:visible|clear|sure|enough)|no answer|i (?:don't|do not) know)\b",
+    r"|\b(?:unknown|unanswerable|unclear|uncertain|not (?:visible|clear|sure|enough)|no answer)\b"
+    r"|\bi (?:don't|do not) know\b",
     re.IGNORECASE,
 )
 

@@ -78,25 +78,21 @@ def run(
     """Score every neuron on ``labels`` and select; returns the selection, also saved beside the scores."""
     if stage.done:
         return Selection.load(stage.file(SELECTION))
+    from leaml_plugin.models import target_linears
+
     loaded = load()
-    linears = _targets(loaded.model, config)
+    linears = target_linears(loaded.model, config.targets or None)
     scores = score(config, loaded, collator(loaded), prompts, labels, linears)
     if config.choice == "relevance":
         selection = select(scores, config.density, scope=config.scope)
     elif config.choice == "random":
-        selection = random_selection(linears, config.density, seed=config.seed)
+        selection = random_selection(scores, config.density, seed=config.seed)
     else:
         selection = all_neurons(linears)
     scores.save(stage.file(SCORES))
     selection.save(stage.file(SELECTION))
     stage.finish()
     return selection
-
-
-def _targets(model: torch.nn.Module, config: RelevanceConfig) -> dict[str, torch.nn.Module]:
-    from leaml_plugin.models import target_linears
-
-    return target_linears(model, config.targets or None)
 
 
 def score(
@@ -116,21 +112,20 @@ def score(
             turns.append(prompts.vqa(qa))
     model = loaded.model
     device = next(model.parameters()).device
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    for p in frozen:
-        p.requires_grad_(False)
-    for module in linears.values():
-        module.weight.requires_grad_(True)
+    groups = None
+    if config.granularity == "ffn":
+        from leaml_plugin.models import ffn_groups
+
+        groups = ffn_groups(model)
     model.eval()  # the score is of the model as it answers, without dropout
-    scorer = RelevanceScorer(linears, criterion=config.criterion, granularity=config.granularity)
     batches = [turns[i : i + config.batch_size] for i in range(0, len(turns), config.batch_size)]
-    for number, batch in enumerate(track(batches, "relevance", unit="batch")):
-        seed_everything(config.seed, "relevance", number)
-        with autocast("auto", device, next(model.parameters()).dtype):
-            loss = model(**to_device(collator(batch), device)).loss
-        loss.backward()
-        scorer.accumulate()
-    for p, flag in frozen.items():
-        p.requires_grad_(flag)
-        p.grad = None
-    return scorer.scores()
+    with RelevanceScorer(
+        linears, config.criterion, config.granularity, groups=groups, gradients="stream", freeze=model
+    ) as scorer:
+        for number, batch in enumerate(track(batches, "relevance", unit="batch")):
+            seed_everything(config.seed, "relevance", number)
+            with autocast("auto", device, next(model.parameters()).dtype):
+                loss = model(**to_device(collator(batch), device)).loss
+            loss.backward()
+            scorer.accumulate()
+        return scorer.scores()

@@ -110,7 +110,7 @@ def run(
         if distils:
             # Captions come first: their gradients are cut down to the selected neurons before QA adds its own.
             captions = Stream("captions", caption_turns, count)
-            keep = selection.masks(model)
+            keep = masks(selection, parameters)
             objectives = [
                 Objective("caption", [captions], config.caption_weight, lambda: restrict(parameters, keep)),
                 qa,
@@ -137,8 +137,21 @@ def run(
     return result
 
 
+def masks(selection: Selection, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Parameter name -> mask that broadcasts over the weight and is 1 for the selected neurons, else 0."""
+    keep = {}
+    for name, axis, index in selection:
+        weight = parameters[f"{name}.weight"]
+        shape = [1, 1]
+        shape[axis] = weight.shape[axis]
+        mask = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        mask.view(-1)[index.to(weight.device)] = 1
+        keep[f"{name}.weight"] = mask
+    return keep
+
+
 def restrict(parameters: dict[str, torch.nn.Parameter], keep: dict[str, torch.Tensor]) -> None:
-    """Zero the gradients outside the masks ``keep`` (parameter name -> bool, broadcastable to the weight)."""
+    """Drop every gradient but those of the neurons in ``keep`` (from :func:`masks`)."""
     for name, p in parameters.items():
         if p.grad is None:
             continue

@@ -1,0 +1,122 @@
+"""``leaml adapt``: options to an :class:`~leaml_plugin.pipeline.AdaptConfig`, and the result in a few lines."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from leaml_plugin import config
+from leaml_plugin.errors import LeamlError
+
+EXAMPLES = """examples:
+  leaml adapt --model Qwen/Qwen2.5-VL-3B-Instruct --labeled train.jsonl \\
+      --unlabeled images/ --captions captions.jsonl --output runs/endo
+  leaml adapt --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf --labeled train.jsonl \\
+      --method labels --mode lora --output runs/baseline
+  leaml adapt --config endo.json --set relevance.density=0.05 --set finetune.train.steps=500
+every setting:  leaml adapt --show-settings
+"""
+
+# option -> settings that it fills
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "model": ("model",),
+    "labeled": ("labeled",),
+    "unlabeled": ("unlabeled",),
+    "captions": ("captions",),
+    "output": ("output",),
+    "evaluation": ("evaluation",),
+    "image_root": ("image_root",),
+    "method": ("method",),
+    "prompts": ("prompts",),
+    "dtype": ("dtype",),
+    "device": ("device",),
+    "max_length": ("max_length",),
+    "mode": ("finetune.mode",),
+    "density": ("relevance.density",),
+    "criterion": ("relevance.criterion",),
+    "granularity": ("relevance.granularity",),
+    "caption_weight": ("generator.caption_weight",),
+    "samples": ("generate.samples",),
+    "steps": ("generator.train.steps", "finetune.train.steps"),
+    "lr": ("generator.train.lr", "finetune.train.lr"),
+    "batch_size": ("generator.train.batch_size", "finetune.train.batch_size"),
+    "micro_batch": ("generator.train.micro_batch", "finetune.train.micro_batch"),
+    "seed": ("relevance.seed", "generator.train.seed", "generate.seed", "finetune.train.seed"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="directory or Hub id of an image-text-to-text model")
+    add("--labeled", help="labelled questions: JSONL, conversations, messages, or a Hugging Face dataset")
+    add("--unlabeled", help="pictures without labels: a directory, a file that lists them, or a dataset")
+    add("--captions", help="the teacher's captions of the unlabelled pictures (JSONL with image and caption)")
+    add("--output", help="run directory; the same command takes up an unfinished run")
+    add("--evaluation", help="labelled questions on which the result is scored")
+    add("--image-root", help="folder that relative picture paths start from (default: that of the file)")
+    add("--method", help='"leaml" (default), or "labels": plain fine-tuning on the labels')
+    add("--mode", help='what the VQA model trains: "selected" neurons (default), "lora" or "full"')
+    add("--density", type=float, help="share of the neurons that is selected (default 0.1)")
+    add("--criterion", help="relevance: taylor (default), abs_taylor, fisher or grad_norm")
+    add("--granularity", help="a neuron is a row of a Linear (row, default) or a whole FFN neuron (ffn)")
+    add("--caption-weight", type=float, help="weight of caption distillation (default 1)")
+    add("--samples", type=int, help="pseudo-QA drawn a picture (default 4)")
+    add("--steps", type=int, help="optimizer steps of generator and fine-tuning (default 300)")
+    add("--lr", type=float, help="learning rate of both (default 1e-4)")
+    add("--batch-size", type=int, help="samples a step (default 16)")
+    add("--micro-batch", type=int, help="samples a forward pass (default: the whole batch)")
+    add("--seed", type=int, help="of everything random (default 0)")
+    add("--dtype", help='weights: "auto" (default), float32, bfloat16 or float16')
+    add("--device", help='"auto" (default), cpu, cuda, cuda:1, ...')
+    add("--max-length", type=int, help="longest sample in tokens; longer ones are an error that names them")
+    add("--prompts", help="directory with prompt files that replace the built-in ones")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--config", help="JSON or TOML file with settings; options on the command line win over it")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, by its full name; repeatable")
+    add("--show-settings", action="store_true", help="print every setting with its default and stop")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Nested settings: file first, then options, then ``--set``."""
+    data = config.read_file(args.config) if args.config else {}
+    for option, names in _OPTIONS.items():
+        value = getattr(args, option)
+        if value is not None:
+            for name in names:
+                _put(data, name, value)
+    if args.trust_remote_code:
+        data["trust_remote_code"] = True
+    for setting in args.set:
+        config.assign(data, setting)
+    return data
+
+
+def _put(data: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise LeamlError(f"the configuration file gives {parent} a value; it is a table of settings.")
+    data[last] = value
+
+
+def main(args: argparse.Namespace) -> int:
+    from leaml_plugin.artifacts import canonical_json
+    from leaml_plugin.pipeline import AdaptConfig, adapt
+    from leaml_plugin.training import config_dict
+
+    if args.show_settings:
+        defaults = AdaptConfig(model="...", labeled="...", output="...", unlabeled="...")
+        print(canonical_json(config_dict(defaults)), end="")
+        return 0
+    result = adapt(config.build(AdaptConfig, settings(args)))
+    if result.counts:
+        kept = result.counts.get("kept", 0)
+        dropped = {reason: n for reason, n in result.counts.items() if reason != "kept" and n}
+        print(f"pseudo-QA: {kept} kept" + "".join(f", {n} {reason}" for reason, n in dropped.items()))
+    if result.metrics:
+        for name in ("exact_match", "blind_majority", "above_blind"):
+            m = result.metrics[name]
+            print(f"{name:<15} {m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})")
+    print(f"{'adapter' if result.adapter else 'model'}: {result.adapter or result.model}")
+    return 0

@@ -1,0 +1,261 @@
+"""LEAML, start to end: the stages in order, from files to an adapted model.
+
+    from leaml_plugin import adapt
+    result = adapt(model="Qwen/Qwen2.5-VL-3B-Instruct", labeled="train.jsonl", unlabeled="images/",
+                   captions="captions.jsonl", output="runs/endo")
+    print(result.adapter)
+
+Covers: the configuration of a whole run, the checks before any expensive work, the order of the stages.
+Does not cover: what a stage does (``leaml_plugin.stages``) or the command line (``leaml_plugin.cli``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leaml_plugin.artifacts import (
+    RunDirectory,
+    atomic_directory,
+    fingerprint,
+    read_records,
+)
+from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.records import QA, Picture, PseudoQA, to_json
+from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator
+
+METHODS = ("leaml", "labels")
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """One adaptation run.
+
+    Attributes:
+        model: directory or Hub id of an image-text-to-text model with processor and chat template.
+        labeled: the labelled questions (JSONL, conversations, messages, or a Hugging Face dataset).
+        output: run directory; an unfinished run of the same configuration found there is taken up.
+        unlabeled: a directory of pictures, a file that lists pictures, or a dataset. Needed by "leaml".
+        captions: the teacher's captions of the unlabelled pictures.
+        evaluation: labelled questions on which the result is scored; may be left out.
+        image_root: folder that relative picture paths start from; empty: the folder of the file that names them.
+        method: "leaml", or "labels" for plain fine-tuning on the labels alone (the baseline).
+        prompts: directory with prompt files that replace the built-in ones; empty: built-in.
+        dtype: of the weights: "auto", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        max_length: longest sample in tokens, picture tokens included; 0: the model's own limit.
+        trust_remote_code: run code that comes with the model. Off unless you trust its author.
+        relevance, generator, generate, filter, finetune, evaluate: the stages' own configurations.
+    """
+
+    model: str
+    labeled: str
+    output: str
+    unlabeled: str = ""
+    captions: str = ""
+    evaluation: str = ""
+    image_root: str = ""
+    method: str = "leaml"
+    prompts: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    max_length: int = 0
+    trust_remote_code: bool = False
+    relevance: relevance.RelevanceConfig = field(default_factory=relevance.RelevanceConfig)
+    generator: train_generator.GeneratorConfig = field(default_factory=train_generator.GeneratorConfig)
+    generate: generate.GenerateConfig = field(default_factory=generate.GenerateConfig)
+    filter: filter.FilterConfig = field(default_factory=filter.FilterConfig)
+    finetune: finetune.FinetuneConfig = field(default_factory=finetune.FinetuneConfig)
+    evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise unknown_name("method", self.method, METHODS)
+        if self.method == "leaml" and not self.unlabeled:
+            raise LeamlError('method "leaml" needs --unlabeled pictures; method "labels" trains on the labels alone.')
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """What a finished run left.
+
+    Attributes:
+        output: the run directory.
+        adapter: the adapter (PEFT format) that the base model loads, or None after full fine-tuning.
+        model: the whole tuned model after full fine-tuning, else None.
+        counts: pseudo-QA pairs kept, and dropped by reason ("leaml" only).
+        metrics: scores on the evaluation file, or empty.
+    """
+
+    output: Path
+    adapter: Path | None
+    model: Path | None
+    counts: dict[str, int]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads beside the model, loaded and checked."""
+
+    labels: Sequence[QA]
+    pictures: Sequence[Picture]
+    questions: Sequence[QA]
+
+
+def read_inputs(config: AdaptConfig) -> Inputs:
+    """Load every record, so that bad input ends the run before it begins.
+
+    Raises:
+        LeamlError: naming file, line and what to do.
+    """
+    from leaml_plugin.data import load_labeled, load_unlabeled
+
+    root = config.image_root or None
+    labels = load_labeled(config.labeled, image_root=root)
+    pictures: Sequence[Picture] = ()
+    if config.method == "leaml":
+        pictures = load_unlabeled(config.unlabeled, captions=config.captions or None)
+    questions = load_labeled(config.evaluation, image_root=root) if config.evaluation else ()
+    return Inputs(labels, pictures, questions)
+
+
+def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
+    """Run every stage that is not complete yet; returns where the adapted model is.
+
+    Takes an :class:`AdaptConfig` or its fields as keywords. Calling it again with the same configuration resumes a
+    killed run and returns at once from a finished one.
+
+    Raises:
+        LeamlError: bad input or configuration, before anything is trained or written over.
+    """
+    if config is None:
+        config = AdaptConfig(**options)
+    elif options:
+        config = dataclasses.replace(config, **options)
+
+    from leaml_plugin import models
+    from leaml_plugin.data import Collator, Prompts, check_images
+
+    prompts = Prompts.load(config.prompts or None)
+    inputs = read_inputs(config)
+    models.check(config.model, trust_remote_code=config.trust_remote_code)
+
+    def check() -> None:
+        """Decode every picture once before a run begins; a run that is taken up did that."""
+        for records in (inputs.labels, inputs.pictures, inputs.questions):
+            check_images(records)
+
+    run = RunDirectory.open(config.output, _identity(config), _fingerprints(config, inputs, prompts.version), check)
+
+    load = functools.partial(
+        models.load, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
+    base: Callable[[], models.Loaded] = functools.partial(load, config.model)
+
+    def collator(loaded: models.Loaded) -> Collator:
+        return Collator(loaded.processor, prompts, max_length=config.max_length or None)
+
+    common = {"collator": collator, "prompts": prompts}
+    kept: Sequence[QA] = ()
+    counts: dict[str, int] = {}
+    selection = None
+    if config.method == "leaml" or config.finetune.mode == "selected":
+        selection = relevance.run(config.relevance, run.stage("relevance"), load=base, labels=inputs.labels, **common)
+    if config.method == "leaml":
+        generator = train_generator.run(
+            config.generator,
+            run.stage("train_generator"),
+            load=base,
+            labels=inputs.labels,
+            pictures=inputs.pictures,
+            selection=selection,
+            **common,
+        )
+        shards = generate.run(
+            config.generate,
+            run.stage("generate"),
+            load=functools.partial(load, **{"path": config.model, **generator}),
+            pictures=inputs.pictures,
+            **common,
+        )
+        path, counts = filter.run(config.filter, run.stage("filter"), shards=shards, labels=inputs.labels)
+        kept = [pair.as_qa() for pair in read_records(path, PseudoQA)]
+    tuned = finetune.run(
+        config.finetune,
+        run.stage("finetune"),
+        load=base,
+        labels=inputs.labels,
+        pseudo=kept,
+        selection=selection,
+        **common,
+    )
+    metrics: dict[str, Any] = {}
+    if inputs.questions:
+        metrics = evaluate.run(
+            config.evaluate,
+            run.stage("evaluate"),
+            load=functools.partial(load, **{"path": config.model, **tuned}),
+            questions=inputs.questions,
+            labels=inputs.labels,
+            **common,
+        )
+    return _deliver(run, tuned, counts, metrics)
+
+
+def _deliver(run: RunDirectory, tuned: dict[str, Path], counts: dict[str, int], metrics: dict[str, Any]) -> AdaptResult:
+    """Put the trained weights where users look for them."""
+    kind, source = ("adapter", tuned["adapter"]) if "adapter" in tuned else ("model", tuned["path"])
+    target = run.adapter if kind == "adapter" else run.model
+    if not target.exists():
+        with atomic_directory(target) as temporary:
+            for path in sorted(source.iterdir()):
+                try:  # the same bytes once on disk where the file system can
+                    os.link(path, temporary / path.name)
+                except OSError:
+                    shutil.copy2(path, temporary / path.name)
+    return AdaptResult(
+        output=run.path,
+        adapter=target if kind == "adapter" else None,
+        model=target if kind == "model" else None,
+        counts=counts,
+        metrics=metrics,
+    )
+
+
+def _identity(config: AdaptConfig) -> dict[str, Any]:
+    """The part of the configuration that decides the result: everything but where the result goes."""
+    data = dataclasses.asdict(config)
+    del data["output"]
+    return data
+
+
+def _fingerprints(config: AdaptConfig, inputs: Inputs, prompts_version: str) -> dict[str, str]:
+    """Hashes of what is read; a changed file is another run.
+
+    Pictures enter with path and size, not content: hashing a hundred thousand of them would take longer than
+    decoding them, and a picture that changed in place under an unchanged label file is not a case we defend against.
+    """
+    from leaml_plugin import models
+
+    def of(records: Sequence[Any]) -> str:
+        rows = []
+        for record in records:
+            row = to_json(record)
+            row["bytes"] = [os.path.getsize(u) if os.path.isfile(u) else None for u in row["images"]]
+            rows.append(row)
+        return fingerprint(rows)
+
+    return {
+        "labeled": of(inputs.labels),
+        "unlabeled": of(inputs.pictures),
+        "evaluation": of(inputs.questions),
+        "prompts": prompts_version,
+        "model": models.fingerprint(config.model),
+    }
