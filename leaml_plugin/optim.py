@@ -1,0 +1,354 @@
+"""AdamW for selected neurons: compact states, and everything that ``torch.optim`` users expect of an optimizer.
+
+Covers: :class:`SparseAdamW`, a ``torch.optim.Optimizer`` over the kernels of ``leaml_plugin.ops``: parameter groups,
+learning-rate schedulers, ``state_dict`` with compact states, ``GradScaler``, clipping, 8-bit states, change of the
+selection during training.
+Does not cover: which neurons (``selection``), and where compact gradients come from (``selective``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaml_plugin import ops
+from leaml_plugin.errors import LeamlError
+
+
+@dataclass
+class BaseRows:
+    """Where a compact parameter ``[k, fan]`` belongs: neurons ``index`` along ``axis`` of ``module.weight``.
+
+    ``leaml_plugin.selective`` puts it on its parameters as ``leaml_base``. It reads weight and index from the module,
+    because moving a model to another device replaces them.
+    """
+
+    module: nn.Module
+    axis: int
+
+    @property
+    def index(self) -> Tensor:
+        return self.module.selected_index
+
+    @property
+    def view(self) -> Tensor:
+        """The base weight with its neurons along the first axis, sharing storage."""
+        weight = self.module.weight.detach()
+        return weight if self.axis == 0 else weight.t()
+
+    @torch.no_grad()
+    def read(self, index: Tensor | None = None) -> Tensor:
+        """The base's neurons (default: the selected ones) as ``[k, fan]`` in the base's dtype."""
+        return self.view.index_select(0, self.index if index is None else index.to(self.module.weight.device))
+
+    @torch.no_grad()
+    def write(self, values: Tensor, index: Tensor | None = None) -> None:
+        """Put ``values`` ``[k, fan]`` into the base; every other weight keeps its bits."""
+        weight = self.module.weight
+        index = (self.index if index is None else index).to(weight.device)
+        values = values.detach().to(weight.device, weight.dtype)
+        weight.index_copy_(self.axis, index, values if self.axis == 0 else values.t())
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay, AMSGrad off) that moves and keeps state for selected neurons only.
+
+    Three kinds of parameter may be given, in any mixture:
+
+    - those of :func:`leaml_plugin.attach`'s handle: compact ``[k, fan]`` masters with compact gradients. One pass
+      steps the masters and writes the base's rows;
+    - whole parameters with row indices, ``SparseAdamW([{"params": [w1, w2], "rows": [r1, r2]}])``: gradients are
+      dense, states compact, other rows keep their bits. bf16 and fp16 weights get fp32 master rows, or stochastic
+      rounding where ``master_weights`` is False (seeded by ``seed``, the row and its step);
+    - whole parameters without indices: ordinary AdamW.
+
+    Each neuron counts its own steps, so that one selected later gets the bias correction of its own age. Weight decay
+    reaches the selected neurons only: an unselected neuron does not move at all.
+
+    Args:
+        params: parameters or parameter groups. ``rows`` in a group: one integer tensor ``[k]`` (or None: all rows)
+            for each of its parameters.
+        lr: a number or a one-element tensor, read on the device.
+        betas, eps, weight_decay, maximize: as ``torch.optim.AdamW``.
+        max_grad_norm: clip the gradients of all parameters together to this L2 norm inside the step, without
+            writing them; ``grad_norm`` then holds the norm before clipping (device scalar). None leaves clipping to
+            the caller (``torch.nn.utils.clip_grad_norm_`` works as usual).
+        eight_bit: states as block-wise 8-bit codes, 2 bytes a weight in place of 8.
+        master_weights, seed: see above; handles always have masters.
+        relevance: a criterion of ``ops.CRITERIA``: every step also adds the relevance of all rows of whole
+            parameters to :meth:`relevance`, in the same pass, for selection that follows training.
+
+    Steps are skipped on the device where ``GradScaler`` found infinities (``scaler.step(optimizer)``; the optimizer
+    unscales by itself, ``scaler.unscale_`` is not needed for clipping by ``max_grad_norm``). Step counters live on
+    the device and no step synchronises, so a CUDA graph can capture it.
+
+    Raises:
+        LeamlError: rows out of range, repeated, or not one list per parameter; a state_dict of other shapes.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf for step()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        eight_bit: bool = False,
+        master_weights: bool = True,
+        seed: int = 0,
+        relevance: ops.Criterion | None = None,
+    ):
+        for name, value in (("lr", float(lr)), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise LeamlError(f"SparseAdamW: {name} must be at least 0, got {value}.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise LeamlError(f"SparseAdamW: betas must be at least 0 and below 1, got {betas}.")
+        self.max_grad_norm, self.relevance_criterion = max_grad_norm, relevance
+        self.grad_norm: Tensor | None = None
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "eight_bit": eight_bit,
+            "master_weights": master_weights,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer``, with an optional list ``rows`` beside ``params``."""
+        param_group = dict(param_group)
+        rows = param_group.pop("rows", None)
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if rows is None:
+            return
+        rows = [rows] if isinstance(rows, Tensor) else list(rows)
+        if len(rows) != len(params):
+            raise LeamlError(f"SparseAdamW: {len(params)} parameters but {len(rows)} row lists in one group.")
+        for p, index in zip(params, rows):
+            if index is not None:
+                self.state[p]["rows"] = _checked_rows(p, index)
+
+    # -- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient. ``closure`` as in ``torch.optim``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        clip = self._clip(grad_scale)
+        for number, group in enumerate(self.param_groups):
+            by_device: dict[torch.device, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    by_device.setdefault(p.device, []).append(p)
+            for device, params in by_device.items():
+                fused = [p for p in params if self.relevance_criterion and not hasattr(p, "leaml_base")]
+                plain = [p for p in params if not any(p is q for q in fused)]
+                for some, with_relevance in ((plain, False), (fused, True)):
+                    if some:
+                        self._step(some, group, number, device, with_relevance, clip, grad_scale, found_inf)
+        return loss
+
+    def _step(
+        self,
+        params: list[nn.Parameter],
+        group: dict[str, Any],
+        number: int,
+        device: torch.device,
+        with_relevance: bool,
+        clip: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        state = [self._state(p, group) for p in params]
+        targets, rows, grads, masters, relevance = [], [], [], [], []
+        for p, s in zip(params, state):
+            base: BaseRows | None = getattr(p, "leaml_base", None)
+            if base is not None:
+                targets.append(base.view)
+                rows.append(base.index)
+                grads.append(p.grad)
+                masters.append(p.detach())
+            else:
+                targets.append(_matrix(p.detach()))
+                rows.append(s["rows"] if "rows" in s else torch.arange(targets[-1].shape[0], device=device))
+                grads.append(_matrix(p.grad))
+                masters.append(s.get("master", torch.empty(0, device=device)))
+                if with_relevance:
+                    relevance.append(s.setdefault("relevance", torch.zeros(targets[-1].shape[0], device=device)))
+        scales = None
+        if group["eight_bit"]:
+            scales = ([s["exp_avg_scale"] for s in state], [s["exp_avg_sq_scale"] for s in state])
+        options = {
+            "lr": group["lr"],
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "scales": scales,
+            "masters": masters,
+            "stochastic_rounding": not group["master_weights"],
+            "seed": group["seed"] + number,
+            "clip_coef": _on(clip, device),
+            "grad_scale": _on(grad_scale, device),
+            "found_inf": _on(found_inf, device),
+        }
+        tensors = (
+            targets,
+            rows,
+            grads,
+            [s["exp_avg"] for s in state],
+            [s["exp_avg_sq"] for s in state],
+            [s["step"] for s in state],
+        )
+        if with_relevance:
+            ops.relevance_sparse_adamw_(*tensors, relevance, criteria=self.relevance_criterion, **options)
+        else:
+            ops.sparse_adamw_(*tensors, **options)
+        if not torch.compiler.is_compiling():  # the masters changed too
+            torch.autograd.graph.increment_version([p for p in params if hasattr(p, "leaml_base")])
+
+    def _state(self, p: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = self.state[p]
+        if "step" not in state:
+            matrix = _matrix(p.detach())
+            handled = hasattr(p, "leaml_base")
+            low = matrix.dtype != torch.float32
+            rows = state["rows"] if "rows" in state else torch.arange(matrix.shape[0], device=p.device)
+            state.update(
+                ops.new_state(
+                    matrix, rows, eight_bit=group["eight_bit"], master=group["master_weights"] and low and not handled
+                )
+            )
+        return state
+
+    def _clip(self, grad_scale: Tensor | None) -> Tensor | None:
+        if self.max_grad_norm is None:
+            return None
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        if not grads:
+            return None
+        norm = nn.utils.get_total_norm(grads).float()
+        self.grad_norm = norm if grad_scale is None else norm / grad_scale.to(norm.device)
+        return ops.clip_coefficient(self.grad_norm.square(), self.max_grad_norm)
+
+    # -- selection that follows training
+
+    def relevance(self, p: nn.Parameter) -> Tensor:
+        """Relevance ``[out]`` (fp32) of all rows of ``p`` accumulated since the last :meth:`reselect`."""
+        if self.relevance_criterion is None:
+            raise LeamlError("SparseAdamW was made without relevance=...; it accumulates none.")
+        return self.state[p].get("relevance", torch.zeros(p.shape[0], device=p.device))
+
+    @torch.no_grad()
+    def reselect(self, rows: Mapping[nn.Parameter, Tensor]) -> None:
+        """Change the selected rows of whole parameters (a handle has its own ``reselect``).
+
+        Surviving rows keep their state bit for bit, so an unchanged selection changes nothing; new rows start with
+        none; dropped rows keep their weights. Relevance accumulated so far is cleared.
+        """
+        for p, index in rows.items():
+            if "rows" not in self.state.get(p, {}):
+                raise LeamlError("reselect: the parameter was not given with rows, or not to this optimizer.")
+            new, state = _checked_rows(p, index), self.state[p]
+            old = state["rows"]
+            fresh = None
+            if "master" in state:
+                fresh = _matrix(p.detach()).index_select(0, new).float()
+            self.remap(p, old, new, fresh)
+            state["rows"] = new
+            if "relevance" in state:
+                state["relevance"].zero_()
+
+    def remap(self, p: nn.Parameter, old: Tensor, new: Tensor, fresh_master: Tensor | None = None) -> None:
+        """Carry the compact state of ``p`` from ascending rows ``old`` to ``new``.
+
+        ``fresh_master``: what the master rows of newly selected neurons start from, ``[len(new), in]``.
+        """
+        state = self.state.get(p, {})
+        names = [n for n in ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale") if n in state]
+        eight_bit = "exp_avg_scale" in state
+        fill = [128 if eight_bit and n == "exp_avg" else 0 for n in names]
+        for name, value in zip(names, ops.remap_rows(old, new, [state[n] for n in names], fill)):
+            state[name] = value
+        if "master" in state and fresh_master is not None:
+            (kept,) = ops.remap_rows(old, new, [state["master"]], [float("nan")])
+            survived = torch.isin(new, old).unsqueeze(1)
+            state["master"] = torch.where(survived, kept, fresh_master)
+
+    # -- saving
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer``; states keep the dtype they were saved in (fp32 beside bf16 weights, codes).
+
+        Selected rows are part of the state, so a run that changed its selection resumes with the changed one.
+        """
+        saved = {
+            key: {name: v for name, v in entry.items() if isinstance(v, Tensor)}
+            for key, entry in state_dict["state"].items()
+        }
+        super().load_state_dict(state_dict)
+        order = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, p in zip(keys, order):
+            for name, value in saved.get(key, {}).items():
+                self.state[p][name] = value.detach().to(device=p.device, copy=True)
+            self._check_state(p)
+
+    def _check_state(self, p: nn.Parameter) -> None:
+        state = self.state.get(p, {})
+        if "step" not in state:
+            return
+        base: BaseRows | None = getattr(p, "leaml_base", None)
+        k = len(state["rows"]) if "rows" in state else len(base.index) if base is not None else _matrix(p).shape[0]
+        wanted = [k, _matrix(p).shape[1]]
+        if list(state["exp_avg"].shape) != wanted:
+            raise LeamlError(
+                f"the optimizer state to load is for {list(state['exp_avg'].shape)} weights, the parameter has "
+                f"{wanted} selected: it was saved with another selection."
+            )
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states (moments, step counters, scales, master rows, row indices)."""
+        return sum(v.numel() * v.element_size() for s in self.state.values() for v in s.values() if torch.is_tensor(v))
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """A parameter of any shape as ``[rows, inputs]`` sharing storage."""
+    if t.dim() == 2:
+        return t
+    return t.reshape(1, 1) if t.dim() == 0 else t.view(t.shape[0], -1) if t.dim() > 2 else t.unsqueeze(1)
+
+
+def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    return scalar if scalar is None or scalar.device == device else scalar.to(device)
+
+
+def _checked_rows(p: Tensor, index: Any) -> Tensor:
+    index = torch.as_tensor(index)
+    n = p.shape[0] if p.dim() else 1
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise LeamlError(f"rows must be a 1-D integer tensor, got {index.dtype} of shape {list(index.shape)}.")
+    out = index.long().unique(sorted=True)
+    if len(out) != len(index):
+        raise LeamlError("rows lists a row twice.")
+    if len(out) and (out[0] < 0 or out[-1] >= n):
+        bad = int(out[0] if out[0] < 0 else out[-1])
+        raise LeamlError(f"row {bad} is out of range: the parameter has {n} rows.")
+    return out.to(p.device)
