@@ -5,9 +5,9 @@ pictures, and pictures of different sizes in one batch, whether the processor re
 padded tiles. Each turn is encoded alone and the results are merged, so a turn's tensors never depend on its neighbours.
 Does not cover: several exchanges in one sample, audio.
 
-Training and generation agree exactly. The prompt ids come from the processor with ``add_generation_prompt=True`` in both
-cases; the target's ids follow them in training, up to and including the template's end-of-turn token (``eos`` where
-the template has none).
+Training and generation agree exactly. In both the prompt ids come from the processor with
+``add_generation_prompt=True``; in training the target's ids follow, up to and including the template's end-of-turn
+token (``eos`` where the template has none).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -79,7 +80,8 @@ class Collator:
         self.max_length = max_length
         self.tokenizer = getattr(processor, "tokenizer", None)
         if self.tokenizer is None or not hasattr(processor, "image_processor"):
-            raise LeamlError(f"{type(processor).__name__} has no tokenizer and image processor; use an image-text model.")
+            kind = type(processor).__name__
+            raise LeamlError(f"{kind} has no tokenizer and image processor; use an image-text model.")
         if getattr(processor, "chat_template", None) is None:
             if getattr(self.tokenizer, "chat_template", None) is None:
                 name = getattr(self.tokenizer, "name_or_path", "") or type(processor).__name__
@@ -174,7 +176,12 @@ class Collator:
 
     def _render(self, prompt: str, images: int, target: str | None = None, *, ask: bool) -> str:
         messages = self._messages(prompt, images, target)
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except TemplateError as error:
+            raise LeamlError(
+                f"the chat template refuses the messages ({error}); an empty system.txt may help."
+            ) from error
 
     def _read_template(self) -> None:
         """Find out what stands between the generation prompt and an answer, and what ends an answer."""
@@ -183,6 +190,9 @@ class Collator:
         full = self._render(_PROBE_PROMPT, 1, _PROBE_TARGET, ask=False)
         if _PROBE_PROMPT not in asked or _PROBE_TARGET not in full:
             raise LeamlError("the chat template drops the text of a message; check the processor's chat_template.")
+        mark = getattr(self.processor, "image_token", None)
+        if mark is not None and mark not in asked:
+            raise LeamlError("the chat template drops pictures; check the processor's chat_template.")
         before, _, after = full.rpartition(_PROBE_TARGET)
         # LLaVA-1.5 asks with "ASSISTANT:" and answers "ASSISTANT: polyp": the space belongs to the answer
         self._lead = before[len(asked) :] if before.startswith(asked) else ""
@@ -312,10 +322,8 @@ class Collator:
         """
         if self._row_keys is None:
             blank = Image.new("RGB", (64, 64))
-            one, two = (
-                self._split(self._process(self._render(_PROBE_PROMPT, n, ask=True), [blank] * n, "the probe picture"))[1]
-                for n in (1, 2)
-            )
+            text = {n: self._render(_PROBE_PROMPT, n, ask=True) for n in (1, 2)}
+            one, two = (self._split(self._process(text[n], [blank] * n, "the probe picture"))[1] for n in (1, 2))
             self._row_keys = frozenset(k for k in one if one[k].shape[0] == two[k].shape[0] == 1)
         return self._row_keys
 
