@@ -742,5 +742,5 @@ def _read(path: str | os.PathLike[str], kind: str, what: str) -> tuple[dict[str,
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise LeamlError(f"{os.fspath(path)}: cannot be read as safetensors ({error}).") from error
     if meta.get("kind") != kind:
-        raise LeamlError(f"{os.fspath(path)}: holds no LEAML {what}, but {meta.get('kind', 'something else')}.")
+        raise LeamlError(f"{os.fspath(path)}: holds {meta.get('kind', 'no LEAML metadata')}, wanted {what}.")
     return tensors, meta

@@ -1,0 +1,270 @@
+"""SparseAdamW as a torch optimizer: equality with torch.optim.AdamW, compact state, schedulers, scaler, reselection."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from leaml_plugin import LeamlError, SparseAdamW
+
+ROWS = torch.tensor([1, 4, 5, 9])
+
+
+def weight(dtype: torch.dtype = torch.float32, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*(shape or (12, 7)), generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def gradient(step: int, shape=(12, 7), scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(100 + step))
+
+
+def sparse(p, **kw) -> SparseAdamW:
+    return SparseAdamW([{"params": [p], "rows": [ROWS]}], **{"lr": 0.01, **kw})
+
+
+def test_equals_torch_adamw_on_the_same_rows_over_1000_steps():
+    p, q = weight(), nn.Parameter(weight().detach()[ROWS])
+    ours, theirs = sparse(p), torch.optim.AdamW([q], lr=0.01)
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 1000) for o in (ours, theirs)]
+    before = p.detach().clone()
+    for step in range(1000):
+        p.grad = gradient(step)
+        q.grad = p.grad[ROWS]
+        for o in (ours, theirs, *schedulers):
+            o.step()
+    torch.testing.assert_close(p[ROWS], q, rtol=1e-6, atol=1e-6)
+    others = [i for i in range(12) if i not in ROWS.tolist()]
+    assert torch.equal(p[others], before[others])
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (6, 3), (4, 3, 2)])
+def test_without_rows_it_is_adamw_for_any_shape(shape):
+    p = nn.Parameter(torch.ones(shape))
+    q = nn.Parameter(torch.ones(shape))
+    ours, theirs = SparseAdamW([p], lr=0.1, maximize=True), torch.optim.AdamW([q], lr=0.1, maximize=True)
+    for step in range(10):
+        p.grad = torch.full(shape, 0.3 * (step - 4))
+        q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(p, q)
+
+
+def test_state_is_compact():
+    p = weight()
+    optimizer = sparse(p)
+    p.grad = gradient(0)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert state["exp_avg"].shape == state["exp_avg_sq"].shape == (4, 7) and state["step"].tolist() == [1] * 4
+    assert optimizer.state_bytes() == 2 * 4 * 7 * 4 + 4 * 4 + 4 * 8  # moments, step counters, row indices
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("dtype, masters", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_state_dict_round_trip_is_exact(dtype, masters, eight_bit):
+    def start():
+        p = weight(dtype)
+        return p, sparse(p, master_weights=masters, eight_bit=eight_bit, seed=3)
+
+    def run(p, optimizer, steps):
+        for step in steps:
+            p.grad = gradient(step).to(dtype)
+            optimizer.step()
+
+    p, optimizer = start()
+    run(p, optimizer, range(5))
+    saved = copy.deepcopy((p.detach(), optimizer.state_dict()))
+    run(p, optimizer, range(5, 10))
+    q, resumed = start()
+    q.data.copy_(saved[0])
+    resumed.load_state_dict(saved[1])
+    kinds = {k: v.dtype for k, v in resumed.state[q].items()}
+    assert kinds == {k: v.dtype for k, v in optimizer.state[p].items()}
+    run(q, resumed, range(5, 10))
+    assert torch.equal(p, q)
+
+
+def test_loading_does_not_share_memory_with_the_saved_state():
+    p = weight()
+    optimizer = sparse(p)
+    p.grad = gradient(0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    other = weight()
+    twin = sparse(other)
+    twin.load_state_dict(saved)
+    other.grad = gradient(1)
+    twin.step()
+    assert optimizer.state[p]["step"].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}])
+def test_grad_scaler_unscales_and_skips(options):
+    plain, scaled = weight(), weight()
+    reference, optimizer = sparse(plain, **options), sparse(scaled, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for step in range(4):
+        scaled.grad = gradient(step) * scaler.get_scale()
+        plain.grad = gradient(step)
+        if step == 2:
+            scaled.grad[1, 2] = math.inf
+            plain.grad = None
+            state = copy.deepcopy(optimizer.state[scaled])
+            before = scaled.detach().clone()
+        scaler.scale(torch.ones(()))  # what scale(loss) does to initialise the scaler
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 2:
+            assert torch.equal(scaled, before) and scaler.get_scale() == 512.0
+            assert all(torch.equal(v, state[k]) for k, v in optimizer.state[scaled].items())
+        reference.step()
+    torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_inside_the_step_equals_clip_grad_norm():
+    p, q, r, s = weight(), weight(torch.float32, 6, 3), weight(), weight(torch.float32, 6, 3)
+    inside = SparseAdamW([p, q], lr=0.1, eps=1.0, max_grad_norm=1.0)
+    outside = torch.optim.AdamW([r, s], lr=0.1, eps=1.0)
+    for step in range(3):
+        p.grad, q.grad = gradient(step), gradient(step + 50, (6, 3))
+        r.grad, s.grad = p.grad.clone(), q.grad.clone()
+        norm = nn.utils.clip_grad_norm_([r, s], 1.0)
+        inside.step()
+        outside.step()
+        torch.testing.assert_close(inside.grad_norm, norm)
+        assert torch.equal(p.grad, gradient(step))
+    torch.testing.assert_close(p, r)
+    torch.testing.assert_close(q, s)
+
+
+def test_lr_may_be_a_tensor():
+    p, q = weight(), weight()
+    lr = torch.tensor(0.01)
+    ours, other = sparse(p, lr=lr), sparse(q)
+    for step in range(3):
+        p.grad = q.grad = gradient(step)
+        ours.step()
+        other.step()
+    assert torch.equal(p, q)
+    lr.zero_()
+    before = p.detach().clone()
+    p.grad = gradient(4)
+    ours.step()
+    assert torch.equal(p, before)
+
+
+def test_closure_and_missing_gradients():
+    p, q = weight(), weight()
+    optimizer = SparseAdamW([p, q], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    before = q.detach().clone()
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first and torch.equal(q, before) and q not in optimizer.state
+
+
+def test_stochastic_rounding_is_unbiased_where_nearest_stands_still():
+    """bf16 weights of 1 moved by 2^-10 a step: rounding to nearest never leaves 1."""
+    p = nn.Parameter(torch.ones(4, 2048, dtype=torch.bfloat16))
+    optimizer = SparseAdamW([{"params": [p], "rows": [torch.arange(4)]}], lr=2.0**-10, weight_decay=0,
+                            master_weights=False, betas=(0.0, 0.0), eps=0.0)  # fmt: skip
+    for _ in range(64):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert "master" not in optimizer.state[p]
+    assert float(p.detach().float().mean()) == pytest.approx(1 - 64 * 2.0**-10, abs=1e-3)
+
+
+def test_eight_bit_follows_fp32():
+    p, q = weight(torch.float32, 12, 600), weight(torch.float32, 12, 600)
+    exact, coded = sparse(p), sparse(q, eight_bit=True)
+    start = p.detach().clone()
+    for step in range(50):
+        p.grad = q.grad = gradient(step, (12, 600)) + 0.5
+        exact.step()
+        coded.step()
+    moved = (p - start)[ROWS].norm()
+    assert float(((p - q)[ROWS].norm() / moved).detach()) < 0.05
+    assert coded.state_bytes() < 0.3 * exact.state_bytes()
+
+
+def test_reselect_rows_of_a_whole_parameter():
+    def run(change, dtype=torch.float32):
+        p = weight(dtype)
+        optimizer = sparse(p)
+        for step in range(6):
+            if step == 3 and change is not None:
+                optimizer.reselect({p: change})
+            p.grad = gradient(step).to(dtype)
+            optimizer.step()
+        return p, optimizer
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(run(None, dtype)[0], run(ROWS, dtype)[0])
+        p, optimizer = run(torch.tensor([4, 8]), dtype)
+        assert optimizer.state[p]["step"].tolist() == [6, 3]
+        assert torch.equal(p[4], run(None, dtype)[0][4])
+        assert not torch.equal(p[8], weight(dtype)[8])
+        if dtype == torch.bfloat16:
+            assert torch.equal(optimizer.state[p]["master"].bfloat16(), p[[4, 8]])
+    # resuming takes the changed rows from the state
+    again = weight()
+    resumed = sparse(again)
+    p, optimizer = run(torch.tensor([4, 8]))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state[again]["rows"].tolist() == [4, 8]
+
+
+def test_relevance_rides_along_with_the_step():
+    p, q = weight(), weight()
+    riding, plain = sparse(p, relevance="taylor_abs"), sparse(q)
+    want = torch.zeros(12)
+    for step in range(3):
+        p.grad = q.grad = gradient(step)
+        want += (p.detach() * p.grad).abs().sum(1)
+        riding.step()
+        plain.step()
+    assert torch.equal(p, q)
+    torch.testing.assert_close(riding.relevance(p), want)
+    riding.reselect({p: want.topk(4).indices})
+    assert riding.relevance(p).count_nonzero() == 0
+    with pytest.raises(LeamlError, match="relevance="):
+        plain.relevance(q)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: SparseAdamW([{"params": [weight()], "rows": [torch.tensor([0, 12])]}]), "row 12 is out of range"),
+        (lambda: SparseAdamW([{"params": [weight()], "rows": [torch.tensor([-1])]}]), "row -1 is out of range"),
+        (lambda: SparseAdamW([{"params": [weight()], "rows": [torch.tensor([2, 2])]}]), "twice"),
+        (lambda: SparseAdamW([{"params": [weight()], "rows": [torch.tensor([0.5])]}]), "1-D integer"),
+        (lambda: SparseAdamW([{"params": [weight(), weight()], "rows": [ROWS]}]), "2 parameters but 1 row lists"),
+        (lambda: SparseAdamW([weight()], lr=-1.0), "lr must be at least 0"),
+        (lambda: SparseAdamW([weight()], betas=(0.9, 1.0)), "betas"),
+        (lambda: sparse(p := weight()).reselect({weight(): ROWS}), "not to this optimizer"),
+    ],
+)
+def test_bad_input_is_one_sentence(make, sentence):
+    with pytest.raises(LeamlError, match=sentence):
+        make()
+
+
+def test_state_of_another_selection_is_refused():
+    p = weight()
+    optimizer = SparseAdamW([p])
+    p.grad = gradient(0)
+    optimizer.step()
+    q = weight(torch.float32, 5, 7)
+    with pytest.raises(LeamlError, match="another selection"):
+        SparseAdamW([q]).load_state_dict(optimizer.state_dict())
