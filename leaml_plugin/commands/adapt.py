@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", help='"leaml" (default), or "labels": plain fine-tuning on the labels')
     add("--mode", help='what the VQA model trains: "selected" neurons (default), "lora" or "full"')
     add("--density", type=float, help="share of the neurons that is selected (default 0.1)")
-    add("--criterion", help="relevance: taylor (default), abs_taylor, fisher or grad_norm")
+    add("--criterion", help="relevance: taylor (default), taylor_abs, fisher or grad_norm")
     add("--granularity", help="a neuron is a row of a Linear (row, default) or a whole FFN neuron (ffn)")
     add("--caption-weight", type=float, help="weight of caption distillation (default 1)")
     add("--samples", type=int, help="pseudo-QA drawn a picture (default 4)")

@@ -21,7 +21,6 @@ from leaml_plugin.records import QA
 from leaml_plugin.selection import Selection
 from leaml_plugin.selective import attach
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
-from leaml_plugin.tuner import save_adapter
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts
@@ -109,6 +108,8 @@ def run(
         after_restore=after_restore,
     )
     if config.mode == "selected":
+        from leaml_plugin.tuner import save_adapter
+
         handle.detach()
         save_adapter(handle, selection, loaded, stage.file(ADAPTER))
     elif config.mode == "lora":

@@ -13,18 +13,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from leaml_plugin.artifacts import StageDirectory
+from leaml_plugin.artifacts import StageDirectory, write_json
 from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.ops import CRITERIA
 from leaml_plugin.progress import track
 from leaml_plugin.records import QA
-from leaml_plugin.selection import NeuronScores, RelevanceScorer, Selection, all_neurons, random_selection, select
+from leaml_plugin.selection import (
+    GRANULARITIES,
+    SCOPES,
+    NeuronScores,
+    RelevanceScorer,
+    Selection,
+    all_neurons,
+    random_selection,
+    select,
+)
 from leaml_plugin.training import autocast, seed_everything, to_device
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts
     from leaml_plugin.models import Loaded
 
-SCORES, SELECTION = "scores.safetensors", "selection.safetensors"
+SCORES, SELECTION, HEATMAP = "scores.safetensors", "selection.safetensors", "heatmap.json"
 LOSSES = ("generate", "vqa", "both")
 CHOICES = ("relevance", "random", "all")
 
@@ -34,7 +44,7 @@ class RelevanceConfig:
     """What is scored and how many neurons are selected.
 
     Attributes:
-        criterion: "taylor" |sum w*g|, "abs_taylor" sum |w*g|, "fisher" sum g^2 or "grad_norm" sqrt(sum g^2).
+        criterion: "taylor" |sum w*g|, "taylor_abs" sum |w*g|, "fisher" sum g^2 or "grad_norm" sqrt(sum g^2).
         granularity: "row" (an output row of a Linear) or "ffn" (gate row, up row and down column together).
         loss: the loss that is scored: writing question and answer ("generate"), answering ("vqa"), or "both".
         density: share of the neurons that is selected, in (0, 1].
@@ -56,10 +66,15 @@ class RelevanceConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise unknown_name("relevance loss", self.loss, LOSSES)
-        if self.choice not in CHOICES:
-            raise unknown_name("choice of neurons", self.choice, CHOICES)
+        for kind, name, choices in (
+            ("criterion", self.criterion, CRITERIA),
+            ("granularity", self.granularity, GRANULARITIES),
+            ("selection scope", self.scope, SCOPES),
+            ("relevance loss", self.loss, LOSSES),
+            ("choice of neurons", self.choice, CHOICES),
+        ):
+            if name not in choices:
+                raise unknown_name(kind, name, choices)
         if not 0 < self.density <= 1:
             raise LeamlError(f"relevance: density is {self.density}; it must be above 0 and at most 1.")
         if self.batch_size < 1:
@@ -91,6 +106,7 @@ def run(
         selection = all_neurons(linears)
     scores.save(stage.file(SCORES))
     selection.save(stage.file(SELECTION))
+    write_json(stage.file(HEATMAP), selection.heatmap())  # for the report, which reads no tensors
     stage.finish()
     return selection
 
@@ -116,7 +132,7 @@ def score(
     if config.granularity == "ffn":
         from leaml_plugin.models import ffn_groups
 
-        groups = ffn_groups(model)
+        groups = [[part for part in group if part] for group in ffn_groups(model)]
     model.eval()  # the score is of the model as it answers, without dropout
     batches = [turns[i : i + config.batch_size] for i in range(0, len(turns), config.batch_size)]
     with RelevanceScorer(

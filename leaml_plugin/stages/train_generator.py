@@ -21,7 +21,6 @@ from leaml_plugin.records import QA, Picture
 from leaml_plugin.selection import Selection
 from leaml_plugin.selective import attach
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
-from leaml_plugin.tuner import save_adapter
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts
@@ -127,6 +126,8 @@ def run(
         after_restore=handle.sync if config.qa_updates == "selected" else lambda: None,
     )
     if config.qa_updates == "selected":
+        from leaml_plugin.tuner import save_adapter
+
         handle.detach()
         save_adapter(handle, selection, loaded, stage.file(ADAPTER))
     else:
