@@ -252,7 +252,7 @@ def test_relevance_rides_along_with_the_step():
         (lambda: SparseAdamW([{"params": [weight(), weight()], "rows": [ROWS]}]), "2 parameters but 1 row lists"),
         (lambda: SparseAdamW([weight()], lr=-1.0), "lr must be at least 0"),
         (lambda: SparseAdamW([weight()], betas=(0.9, 1.0)), "betas"),
-        (lambda: sparse(p := weight()).reselect({weight(): ROWS}), "not to this optimizer"),
+        (lambda: sparse(weight()).reselect({weight(): ROWS}), "not to this optimizer"),
     ],
 )
 def test_bad_input_is_one_sentence(make, sentence):

@@ -303,7 +303,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(LeamlError, match=r"junk: cannot be read"):
         Selection.load(tmp_path / "junk")
     scores_of(a=[1.0]).save(tmp_path / "scores")
-    with pytest.raises(LeamlError, match="holds leaml.scores, wanted a neuron selection"):
+    with pytest.raises(LeamlError, match=r"holds leaml\.scores, wanted a neuron selection"):
         Selection.load(tmp_path / "scores")
 
 

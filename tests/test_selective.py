@@ -96,17 +96,22 @@ def test_only_selected_neurons_move(dtype, columns, make):
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_any_optimizer_gives_what_dense_training_gives(columns):
-    """All optimizers agree with dense AdamW whose gradients are masked and that decays nothing."""
+    """All optimizers agree with dense AdamW whose gradients are masked and that decays nothing.
+
+    ``eps`` is large so that rounding in gradients that are almost 0 is not blown up to whole steps.
+    """
     results = []
     for make in (torch.optim.AdamW, SparseAdamW, None):
         model = model_of()
         if make is None:
-            optimizer = torch.optim.AdamW([m.weight for m in linears(model).values()], lr=0.01, weight_decay=0)
+            optimizer = torch.optim.AdamW(
+                [m.weight for m in linears(model).values()], lr=0.01, weight_decay=0, eps=1e-3
+            )
             masks = {n: torch.zeros_like(m.weight) for n, m in linears(model).items()}
             for name, axis, index in chosen(columns):
                 masks[name].index_fill_(axis, index, 1.0)
         else:
-            optimizer = make(attach(model, chosen(columns)).parameters(), lr=0.01, weight_decay=0)
+            optimizer = make(attach(model, chosen(columns)).parameters(), lr=0.01, weight_decay=0, eps=1e-3)
         for step in range(30):
             loss_of(model, inputs() + step).backward()
             if make is None:
@@ -117,8 +122,7 @@ def test_any_optimizer_gives_what_dense_training_gives(columns):
         results.append([model[0].weight.detach().clone(), model[2].weight.detach().clone()])
     for adamw, sparse, dense in zip(*results):
         torch.testing.assert_close(adamw, sparse, rtol=1e-6, atol=1e-6)
-        # another order of summation in the gradient, which AdamW magnifies where a gradient is almost 0
-        torch.testing.assert_close(adamw, dense, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(adamw, dense, rtol=1e-6, atol=1e-6)
 
 
 def test_all_neurons_is_full_fine_tuning_of_the_linears():
@@ -201,7 +205,7 @@ def test_under_compile(columns):
     ):
         handle = attach(model, chosen(columns))
         optimizer = SparseAdamW(handle.parameters(), lr=0.01)
-        run = wrap(model)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if model is compiled else model
         for _ in range(4):
             loss = loss_of(run, inputs())
             loss.backward()
