@@ -199,10 +199,7 @@ def test_gradient_accumulation_adds_up():
 def test_under_compile(columns):
     eager, compiled = model_of(), model_of()
     losses = []
-    for model, wrap in (
-        (eager, lambda m: m),
-        (compiled, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)),
-    ):
+    for model in (eager, compiled):
         handle = attach(model, chosen(columns))
         optimizer = SparseAdamW(handle.parameters(), lr=0.01)
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if model is compiled else model
