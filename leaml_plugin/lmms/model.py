@@ -1,0 +1,345 @@
+"""The lmms-eval model ``leaml``: any image-text-to-text model of transformers with a chat template.
+
+Covers: adapters (ours and any of PEFT), batches of any mixture of text, several pictures and video (as frames), data
+type, device map, one process a device under ``accelerate launch`` or ``torchrun``, the response cache, sampled
+repeats. Pictures of the next batch are prepared while the current one is generated; a batch that does not fit the
+device's memory is halved.
+Does not cover: log-likelihoods (lmms-eval's own requests for them do not work with chat models), audio, multi-round
+and agentic tasks.
+
+    lmms-eval --model leaml --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,adapter=runs/endo/adapter \\
+        --tasks leaml_endoscopy --batch_size 16
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from PIL import Image
+
+from leaml_plugin import models
+from leaml_plugin.data.collate import Collator, Features
+from leaml_plugin.data.images import open_image
+from leaml_plugin.data.prompts import Prompts, Turn
+from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.lmms import video
+from leaml_plugin.progress import Progress
+from leaml_plugin.records import ImageRef
+
+#: Options of a task's ``generation_kwargs`` that are handed to ``generate``; ``until`` is applied to the text.
+_PASSED = ("top_p", "top_k", "num_beams", "repetition_penalty", "no_repeat_ngram_size", "length_penalty", "min_p")
+_DEFAULT_NEW_TOKENS = 64
+
+
+class Leaml(lmms):
+    """See the module docstring; the arguments are what ``--model_args`` takes.
+
+    Args:
+        pretrained: directory or Hub id of the model.
+        adapter: directory or Hub id of a PEFT adapter on it.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...; the rank's own device where there are several processes.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device_map: spread the model over devices as transformers does (``auto``, ``balanced``); one process only.
+        batch_size: conversations generated at once; ``auto`` starts at ``max_batch_size`` (64).
+        max_frames: frames taken of a video that a task gives as a file.
+        max_length: the most prompt tokens; nothing is truncated, a longer prompt is an error that names it.
+        min_pixels, max_pixels: picture size limits of processors that have them (Qwen-VL).
+        prompts: directory with prompt files, for the system message (``system.txt``); ``$LEAML_PROMPTS`` by default.
+        attn_implementation: as transformers takes it.
+        trust_remote_code: run code that comes with the model.
+        method, labeled, ...: adapt first; see :mod:`leaml_plugin.lmms.methods`.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        adapter: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+        max_frames: int = 16,
+        max_length: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        prompts: str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        method: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if method is not None:
+            from leaml_plugin.lmms import methods
+
+            pretrained, adapter = methods.adapted(method, pretrained, adapter, options, self.accelerator)
+        elif options:
+            raise unknown_name("model argument", next(iter(options)), _arguments())
+        if device_map and self._world_size > 1:
+            raise LeamlError("device_map spreads one model over all devices; use it with a single process.")
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        loaded = models.load(
+            str(pretrained),
+            dtype=dtype,
+            device="cpu" if device_map else self._choose_device(device),
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+            attn=attn_implementation,
+            processor_options={name: value for name, value in limits.items() if value is not None},
+        )
+        if device_map:
+            loaded.model = _spread(loaded.model, device_map)
+        self.loaded = loaded
+        self.batch_size_per_gpu = _batch_size(batch_size, max_batch_size)
+        self.max_frames = int(max_frames)
+        directory = prompts or os.environ.get("LEAML_PROMPTS") or None
+        self.collator = MessageCollator(loaded.processor, Prompts.load(directory), max_length=max_length)
+
+    def _choose_device(self, device: str | None) -> str:
+        if self._world_size > 1 and torch.cuda.is_available():
+            return f"cuda:{self.accelerator.local_process_index}"
+        return device or "auto"
+
+    # ------------------------------------------------------------------------------- what lmms-eval asks a model for
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.collator.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.device
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch_size_per_gpu
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise LeamlError("the model leaml scores generated answers only; choose a task whose output_type is generate.")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise LeamlError("the model leaml answers single turns only; choose a task without rounds.")
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers in the order of ``requests``; a batch holds requests of equal options and similar length."""
+        results: dict[int, GenerationResult] = {}
+        bar = Progress("answering", len(requests), unit="question")
+        tokens, seconds = 0, 0.0
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="leaml-pictures") as ahead:
+            pending = None
+            for chunk in [*self._chunks(requests), None]:
+                following = None if chunk is None else (chunk, ahead.submit(self._prepare, chunk))
+                if pending is not None:
+                    chunk_done, features = pending[0], pending[1].result()
+                    options = chunk_done[0][1].args[2] or {}
+                    began = time.perf_counter()
+                    answers = self._generate(features, options)
+                    seconds += time.perf_counter() - began
+                    for (position, request), (text, count) in zip(chunk_done, answers):
+                        results[position] = GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
+                        self.cache_hook.add_partial("generate_until", (request.args[0], options), text)
+                        tokens += count
+                    bar.update(len(chunk_done))
+                pending = following
+        bar.close()
+        _log_speed(tokens, seconds, len(requests))
+        return [results[i] for i in range(len(requests))]
+
+    # ------------------------------------------------------------------------------------------------------- batches
+
+    def _chunks(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, Instance]]]:
+        groups: dict[str, list[tuple[int, Instance]]] = {}
+        for position, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append((position, request))
+        for group in groups.values():
+            # longest first, so that a batch which does not fit is found at once; ties keep their order
+            group.sort(key=lambda pair: -len(pair[1].args[0] or ""))
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def _prepare(self, chunk: Sequence[tuple[int, Instance]]) -> list[Features]:
+        return [self._features(request) for _, request in chunk]
+
+    def _features(self, request: Instance) -> Features:
+        _, to_messages, _, doc_id, task, split = request.args
+        messages = to_messages(self.task_dict[task][split][doc_id])
+        return self.collator.message_features(messages, f"{task} document {doc_id}", self.max_frames)
+
+    @torch.inference_mode()
+    def _generate(self, features: list[Features], options: Mapping[str, Any]) -> list[tuple[str, int]]:
+        if len(features) > self.batch_size:
+            parts = [features[i : i + self.batch_size] for i in range(0, len(features), self.batch_size)]
+            return [answer for part in parts for answer in self._generate(part, options)]
+        try:
+            return self._generate_batch(features, options)
+        except torch.OutOfMemoryError as error:
+            if len(features) == 1:
+                raise LeamlError(
+                    f"{features[0].turn.where}: one conversation of {len(features[0])} tokens does not fit the memory; "
+                    "lower max_pixels or max_frames, or use dtype=bfloat16."
+                ) from error
+        # outside the handler, whose traceback would keep the failed batch alive; later batches start at this size
+        torch.cuda.empty_cache()
+        self.batch_size_per_gpu = (len(features) + 1) // 2
+        return self._generate(features, options)
+
+    def _generate_batch(self, features: list[Features], options: Mapping[str, Any]) -> list[tuple[str, int]]:
+        batch = self.loaded.to_device(self.collator.merge(features, side="left"))
+        out = self.model.generate(**batch, generation_config=self._config(options))
+        answers = []
+        for row in out[:, batch["input_ids"].shape[1] :]:
+            text = self.collator.decode(row)
+            for stop in _stops(options):
+                text = text.split(stop, 1)[0]
+            answers.append((text.strip(), int((row != self.collator.pad_id).sum())))
+        return answers
+
+    def _config(self, options: Mapping[str, Any]) -> Any:
+        from transformers import GenerationConfig
+
+        temperature = float(options.get("temperature") or 0.0)
+        sampled = bool(options.get("do_sample", temperature > 0)) and temperature > 0
+        own = self.model.generation_config.eos_token_id
+        ends = {self.collator.end_of_turn, *(own if isinstance(own, (list, tuple)) else [own])} - {None}
+        values = {name: options[name] for name in _PASSED if options.get(name) is not None}
+        if not sampled:
+            for name in ("top_p", "top_k", "min_p"):
+                values.pop(name, None)
+        # from scratch: a checkpoint's own sampling defaults must not decide a benchmark
+        return GenerationConfig(
+            max_new_tokens=int(options.get("max_new_tokens") or _DEFAULT_NEW_TOKENS),
+            do_sample=sampled,
+            pad_token_id=self.collator.pad_id,
+            eos_token_id=sorted(ends),
+            **({"temperature": temperature} if sampled else {}),
+            **values,
+        )
+
+
+class MessageCollator(Collator):
+    """Encodes whole conversations of lmms-eval's form, with pictures in memory where the text has them."""
+
+    def message_features(self, messages: Sequence[Mapping[str, Any]], where: str, max_frames: int) -> Features:
+        """The prompt of a conversation, ending where the model's answer begins.
+
+        ``messages`` have a ``role`` and ``content``: text, or a list of ``{"type": "text", "text": ...}`` and
+        ``{"type": "image" | "video", "url": ...}``, where a url is a picture, a path, or a list of frames.
+        """
+        pictures: list[Image.Image] = []
+        turns = []
+        if self.prompts.system and not any(message["role"] == "system" for message in messages):
+            turns.append({"role": "system", "content": [{"type": "text", "text": self.prompts.system}]})
+        for message in messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            turns.append({"role": message["role"], "content": self._content(parts, pictures, where, max_frames)})
+        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        sequence, media = self._split(self._process(text, pictures, where))
+        features = Features(Turn(where, (), "", None, where), sequence, media, len(sequence["input_ids"]))
+        self._check_length(features)
+        return features
+
+    def _content(
+        self, parts: Sequence[Mapping[str, Any]], pictures: list[Image.Image], where: str, max_frames: int
+    ) -> list[dict[str, Any]]:
+        out: list[dict[str, Any]] = []
+        for part in parts:
+            kind = part["type"]
+            if kind == "text":
+                out.append({"type": "text", "text": self._plain(part["text"])})
+                continue
+            source = part.get("url", part.get(kind))
+            if kind == "image":
+                found = [_picture(source, where)]
+            elif kind == "video":
+                frames = source if isinstance(source, (list, tuple)) else video.frames(_path(source, where), max_frames)
+                found = [_picture(frame, where) for frame in frames]
+            else:
+                raise LeamlError(f"{where}: holds {kind}, which the model leaml cannot read; choose another task.")
+            pictures += found
+            out += [{"type": "image"} for _ in found]
+        return out
+
+
+def _path(source: Any, where: str) -> Path:
+    if isinstance(source, Mapping):
+        source = source.get("url") or source.get("path")
+    if not isinstance(source, (str, os.PathLike)):
+        raise LeamlError(f"{where}: a video is given as {type(source).__name__}; wanted a path or a list of frames.")
+    return Path(source)
+
+
+def _picture(source: Any, where: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, (str, os.PathLike)):
+        return open_image(ImageRef(str(source)))
+    raise LeamlError(f"{where}: a picture is given as {type(source).__name__}; wanted a PIL image or a path.")
+
+
+def _stops(options: Mapping[str, Any]) -> list[str]:
+    until = options.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def _batch_size(batch_size: int | str, max_batch_size: int | str | None) -> int:
+    text = str(batch_size)
+    if text.startswith("auto"):
+        text = str(max_batch_size or 64)
+    if not text.isdecimal() or int(text) < 1:
+        raise LeamlError(f"batch_size must be a number of at least 1, or auto, got {batch_size!r}.")
+    return int(text)
+
+
+def _spread(model: torch.nn.Module, device_map: str) -> torch.nn.Module:
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = getattr(model, "_no_split_modules", None) or []
+    memory = get_balanced_memory(model, no_split_module_classes=whole) if device_map == "balanced" else None
+    return dispatch_model(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole))
+
+
+def _arguments() -> list[str]:
+    import inspect
+
+    return [name for name in inspect.signature(Leaml.__init__).parameters if name not in ("self", "options")]
+
+
+def _log_speed(tokens: int, seconds: float, requests: int) -> None:
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+    log_metrics(
+        total_gen_tokens=tokens,
+        total_elapsed_time=seconds,
+        avg_speed=tokens / seconds if seconds else 0.0,
+        additional_metrics={"num_requests": requests},
+    )
