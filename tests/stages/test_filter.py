@@ -1,0 +1,89 @@
+"""Each filter drops what it should, keeps the rest, and every dropped pair carries one reason."""
+
+import json
+
+import pytest
+
+from leaml_plugin.artifacts import StageDirectory, read_records, write_records
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.records import QA, ImageRef, PseudoQA
+from leaml_plugin.stages import filter
+from leaml_plugin.stages.filter import FilterConfig
+
+LABELS = [QA("1", (), "What colour is the polyp?", "pink"), QA("2", (), "Is there text?", "no")]
+
+
+def pair(question, answer, picture="p1", sample=0, logprob=-0.5):
+    return PseudoQA(picture, (ImageRef("/p.png"),), sample, f"{question}|{answer}", question, answer, logprob)
+
+
+def reasons(pairs, **options):
+    kept, dropped = filter.apply(FilterConfig(**options), pairs, LABELS)
+    assert all(not p.reason for p in kept)
+    assert all(p.reason for p in dropped)
+    assert len(kept) + len(dropped) == len(pairs)
+    return [p.question for p in kept], [p.reason for p in dropped]
+
+
+def test_malformed_and_empty_answers():
+    assert reasons([pair("", ""), pair("Is there text?", " ."), pair("Is there text?", "no")]) == (
+        ["Is there text?"],
+        ["malformed", "malformed"],
+    )
+
+
+def test_too_long_against_the_longest_label():
+    assert reasons([pair("What " * 40, "no"), pair("Is it?", "pink " * 10)])[1] == ["too_long"] * 2
+    assert reasons([pair("What " * 40, "no")], length_slack=100.0)[1] == []
+
+
+@pytest.mark.parametrize("answer", ["unknown", "not sure", "no answer"])
+def test_unanswerable(answer):
+    assert reasons([pair("Is there text?", answer)], length_slack=10.0)[1] == ["unanswerable"]
+    assert reasons([pair("Is there text?", "cannot be determined")], length_slack=10.0)[1] == ["unanswerable"]
+    assert reasons([pair("Is there text?", "not relevant")], length_slack=10.0)[1] == []
+
+
+def test_unlikely_and_unknown_question():
+    pairs = [pair("Is there text?", "no", logprob=-3.0), pair("Is it red?", "no")]
+    assert reasons(pairs, min_logprob=-1.0)[1] == ["unlikely"]
+    assert reasons(pairs, known_questions=True)[1] == ["unknown_question"]
+
+
+def test_disagreement_keeps_the_majority_and_ties_go_by_name():
+    answers = ["no", "no", "yes"]
+    pairs = [pair("Is there text?", a, sample=i) for i, a in enumerate(answers)]
+    kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
+    assert [p.answer for p in kept] == ["no"]
+    assert sorted(p.reason for p in dropped) == ["duplicate", "inconsistent"]
+    # a majority below the agreement asked for drops every answer to the question
+    assert reasons(pairs, agreement=0.9)[1] == ["inconsistent"] * 3
+    # other pictures do not vote
+    assert reasons([pair("Is there text?", "no", "a"), pair("Is there text?", "yes", "b")])[1] == []
+
+
+def test_duplicates_are_told_by_normalised_text():
+    pairs = [pair("Is there text?", "no"), pair("is there  TEXT?", "No.", sample=1), pair("Is there text?", "no", "b")]
+    kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
+    assert [p.id for p in kept] == ["p1#0", "b#0"]
+    assert [(p.id, p.reason) for p in dropped] == [("p1#1", "duplicate")]
+
+
+def test_run_writes_kept_dropped_and_counts_and_reads_them_again(tmp_path):
+    source = tmp_path / "part-000000.jsonl"
+    write_records(source, [pair("Is there text?", "no"), pair("", ""), pair("Is there text?", "no", sample=1)])
+    stage = StageDirectory(tmp_path / "filter", "key")
+    path, counts = filter.run(FilterConfig(), stage, shards=[source], labels=LABELS)
+    assert counts["kept"] == 1
+    assert {k: v for k, v in counts.items() if v} == {"kept": 1, "malformed": 1, "duplicate": 1}
+    assert [p.as_qa().answer for p in read_records(path, PseudoQA)] == ["no"]
+    assert {json.loads(line)["reason"] for line in stage.file(filter.DROPPED).open()} == {"malformed", "duplicate"}
+    source.unlink()  # a finished stage reads nothing but its own files
+    assert filter.run(FilterConfig(), stage, shards=[source], labels=LABELS) == (path, counts)
+
+
+def test_bad_settings():
+    with pytest.raises(LeamlError, match="agreement is 2"):
+        FilterConfig(agreement=2)
+    with pytest.raises(LeamlError, match="length_slack"):
+        FilterConfig(length_slack=0)
