@@ -1,0 +1,337 @@
+"""The one batched ``generate`` and the scoring of given answers, shared by stages, lmms-eval and users.
+
+Covers: left-padded batches in windows sorted by length, results in the order of the input and as they are ready,
+several samples a turn, greedy or seeded sampling, the mean log-probability of what was written.
+Does not cover: beam search, generation on a server.
+
+Sampling does not use torch's random state. A token is drawn by the Gumbel-max rule, with noise that is a hash of
+(seed, turn id, sample, step, token): the same turn gets the same text whatever its neighbours, the batch size or the
+shard it lies in, and on any device, as far as the logits agree. They agree up to rounding: different batch shapes may
+sum in another order, which can turn a tie between tokens, at about one token in a million.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from leaml_plugin.data.collate import IGNORE, Collator, Features
+from leaml_plugin.data.prompts import Turn
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.progress import Progress
+
+if TYPE_CHECKING:
+    from leaml_plugin.models import Loaded
+
+# Batches that are sorted by length together. More save little padding and hold more pictures in memory.
+_WINDOW = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw: ``temperature`` > 0, nucleus ``top_p`` in (0, 1], and the seed of all noise."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise LeamlError(f"sampling: temperature is {self.temperature}; it must be positive (or don't sample).")
+        if not 0 < self.top_p <= 1:
+            raise LeamlError(f"sampling: top_p is {self.top_p}; it must lie in (0, 1].")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the model wrote for one turn.
+
+    ``sample`` counts the draws of a turn from 0. ``tokens`` counts the written ids, the end of turn included;
+    ``finished`` tells whether the end was reached. ``logprob`` is the mean log-probability (nats per token) of these
+    ids under the model itself, before temperature and nucleus; 0.0 unless asked for.
+    """
+
+    id: str
+    sample: int
+    text: str
+    logprob: float = 0.0
+    tokens: int = 0
+    finished: bool = True
+
+
+def generate(
+    loaded: Loaded,
+    turns: Iterable[Turn],
+    *,
+    collator: Collator | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    num_samples: int = 1,
+    return_logprobs: bool = False,
+    progress: bool = True,
+    label: str = "generating",
+) -> Iterator[Generated]:
+    """Answer ``turns``; yields in their order, the samples of a turn one after the other.
+
+    Args:
+        turns: any iterable; only a window of a few batches is held at a time.
+        collator: of this model's processor; one with the default prompts if ``None``.
+        batch_size: rows a forward pass; a turn with ``num_samples`` takes that many rows. A picture is opened and
+            processed once for all its samples.
+        max_new_tokens: the most tokens to write.
+        sampling: ``None`` is greedy.
+        num_samples: texts a turn; more than one needs ``sampling``.
+
+    Raises:
+        LeamlError: impossible settings; a turn that does not fit the collator's ``max_length``; a bad picture.
+    """
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if value < 1:
+            raise LeamlError(f"generation: {name} is {value}; it must be at least 1.")
+    if num_samples > 1 and sampling is None:
+        raise LeamlError("generation: several samples of greedy decoding are all the same; set a temperature above 0.")
+    return _generate(
+        loaded,
+        turns,
+        collator if collator is not None else Collator(loaded.processor),
+        batch_size,
+        max_new_tokens,
+        sampling,
+        num_samples,
+        return_logprobs,
+        Progress(label, len(turns) * num_samples if hasattr(turns, "__len__") else None, unit="text")
+        if progress
+        else None,
+    )
+
+
+def _generate(
+    loaded: Loaded,
+    turns: Iterable[Turn],
+    collator: Collator,
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    num_samples: int,
+    return_logprobs: bool,
+    bar: Progress | None,
+) -> Iterator[Generated]:
+    stop = _stop_ids(loaded, collator)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,  # the sampler below leaves one token to choose from
+        num_beams=1,
+        eos_token_id=stop,
+        pad_token_id=collator.pad_id,
+        use_cache=True,
+        # what is not set comes from the checkpoint, and some ship penalties
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        min_length=0,
+    )
+    per_window = max(1, _WINDOW * batch_size // num_samples)
+    was_training = loaded.model.training
+    stream = iter(turns)
+    while window := list(itertools.islice(stream, per_window)):
+        # rows of (position in the window, sample, features); the samples of a turn share its tensors
+        rows = [
+            (position, sample, features)
+            for position, features in enumerate([collator.prompt_features(turn) for turn in window])
+            for sample in range(num_samples)
+        ]
+        rows.sort(key=lambda row: -len(row[2]))  # stable, and the longest first: memory runs out early or never
+        done: dict[tuple[int, int], Generated] = {}
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            loaded.model.eval()
+            texts = _run(loaded, collator, config, [(r[2], r[1]) for r in batch], sampling, return_logprobs, stop)
+            loaded.model.train(was_training)
+            done.update(((row[0], row[1]), text) for row, text in zip(batch, texts))
+            if bar:
+                bar.update(len(batch))
+        yield from (done[key] for key in sorted(done))
+    if bar:
+        bar.close()
+
+
+@torch.no_grad()  # not inference_mode: what a model caches must stay usable in training
+def _run(
+    loaded: Loaded,
+    collator: Collator,
+    config: GenerationConfig,
+    rows: Sequence[tuple[Features, int]],
+    sampling: Sampling | None,
+    return_logprobs: bool,
+    stop: list[int],
+) -> list[Generated]:
+    batch = loaded.to_device(collator.merge([features for features, _ in rows], side="left"))
+    length = batch["input_ids"].shape[1]
+    chooser = None
+    if sampling is not None or return_logprobs:
+        keys = [_key(sampling.seed, features.turn.id, sample) for features, sample in rows] if sampling else None
+        chooser = _Chooser(length, sampling, keys, stop, return_logprobs)
+    out = loaded.model.generate(  # type: ignore[operator]
+        **batch,
+        generation_config=config,
+        **({"logits_processor": LogitsProcessorList([chooser])} if chooser else {}),
+    )
+    results = []
+    logprobs = chooser.means() if chooser is not None and return_logprobs else [0.0] * len(rows)
+    for (features, sample), ids, logprob in zip(rows, out[:, length:].tolist(), logprobs):
+        end = next((n + 1 for n, i in enumerate(ids) if i in stop), None)
+        written = ids[:end]
+        text = collator.decode(torch.tensor(written, dtype=torch.int64))
+        results.append(Generated(features.turn.id, sample, text, logprob, len(written), end is not None))
+    return results
+
+
+@torch.no_grad()  # not inference_mode: what a model caches must stay usable in training
+def score(
+    loaded: Loaded,
+    turns: Iterable[Turn],
+    *,
+    collator: Collator | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+    label: str = "scoring",
+) -> Iterator[float]:
+    """Mean log-probability (nats per token, end of turn included) of each turn's target, in order.
+
+    Raises:
+        LeamlError: a turn without target; as :func:`generate`.
+    """
+    collator = collator if collator is not None else Collator(loaded.processor)
+    bar = Progress(label, len(turns) if hasattr(turns, "__len__") else None, unit="text") if progress else None
+    stream = iter(turns)
+    was_training = loaded.model.training
+    while window := list(itertools.islice(stream, _WINDOW * batch_size)):
+        features = [collator.features(turn) for turn in window]
+        order = sorted(range(len(window)), key=lambda i: -len(features[i]))
+        scores = [0.0] * len(window)
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            batch = loaded.to_device(collator.merge([features[i] for i in some], side="right", labels=True))
+            labels = batch.pop("labels")
+            loaded.model.eval()
+            logits = loaded.model(**batch).logits
+            loaded.model.train(was_training)
+            for row, i in enumerate(some):
+                where = (labels[row, 1:] != IGNORE).nonzero()[:, 0]
+                logprobs = logits[row, where].float().log_softmax(-1)
+                scores[i] = float(logprobs.gather(1, labels[row, where + 1][:, None]).mean())
+            if bar:
+                bar.update(len(some))
+        yield from scores
+    if bar:
+        bar.close()
+
+
+def _stop_ids(loaded: Loaded, collator: Collator) -> list[int]:
+    """Ids that end an answer: the checkpoint's, the tokenizer's, and the one that training teaches."""
+    ids = [collator.end_of_turn]
+    found = [getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)]
+    found.append(collator.tokenizer.eos_token_id)
+    for value in found:
+        ids.extend(value if isinstance(value, list | tuple) else [value])
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+# -- choosing tokens -------------------------------------------------------------------------------------------------
+
+_MASK32 = 0xFFFFFFFF
+
+
+class _Chooser(LogitsProcessor):
+    """Draws the next token of every row, leaves only that one possible, and adds up its log-probability.
+
+    Scores are ``[rows, vocabulary]`` float32, as transformers hands them on.
+    """
+
+    def __init__(
+        self,
+        prompt_length: int,
+        sampling: Sampling | None,
+        keys: list[tuple[int, int]] | None,
+        stop: list[int],
+        logprobs: bool,
+    ):
+        self._start, self._sampling, self._keys, self._stop = prompt_length, sampling, keys, stop
+        self._logprobs = logprobs
+        self._sum: Tensor | None = None
+        self._count: Tensor | None = None
+        self._open: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._sampling is None:
+            choice = scores.argmax(-1)
+        else:
+            logits = scores / self._sampling.temperature
+            if self._sampling.top_p < 1:
+                logits = _nucleus(logits, self._sampling.top_p)
+            step = input_ids.shape[1] - self._start
+            choice = (logits + gumbel(self._keys or [], step, scores.shape[1], scores.device)).argmax(-1)
+        if self._logprobs:
+            self._add(scores, choice)
+        if self._sampling is None:
+            return scores
+        return torch.full_like(scores, -torch.inf).scatter_(1, choice[:, None], 0.0)
+
+    def _add(self, scores: Tensor, choice: Tensor) -> None:
+        if self._open is None:
+            self._open = torch.ones_like(choice, dtype=torch.bool)
+            self._sum = torch.zeros(choice.shape, device=choice.device)
+            self._count = torch.zeros_like(choice)
+        logprob = scores.gather(1, choice[:, None])[:, 0] - scores.logsumexp(-1)
+        self._sum += torch.where(self._open, logprob, 0.0)
+        self._count += self._open
+        self._open &= ~torch.isin(choice, torch.tensor(self._stop, device=choice.device))
+
+    def means(self) -> list[float]:
+        assert self._sum is not None and self._count is not None
+        return (self._sum / self._count).tolist()
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """``logits`` with all but the likeliest tokens that together reach ``top_p`` at minus infinity."""
+    values, order = logits.sort(-1, descending=True)
+    before = values.softmax(-1).cumsum(-1) - values.softmax(-1)
+    values = values.masked_fill(before >= top_p, -torch.inf)
+    return torch.empty_like(logits).scatter_(1, order, values)
+
+
+def _key(seed: int, turn_id: str, sample: int) -> tuple[int, int]:
+    """Two 32-bit words that name one draw of one turn."""
+    digest = hashlib.blake2b(f"{seed}\0{sample}\0{turn_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def gumbel(keys: Sequence[tuple[int, int]], step: int, size: int, device: Any = "cpu") -> Tensor:
+    """Gumbel noise ``[len(keys), size]`` float32, a function of key, step and position alone.
+
+    A counter hash (two rounds of the 32-bit finaliser of Prospecting for Hash Functions, "lowbias32") in integer
+    arithmetic, so the uniforms are the same on every device; 23 bits of them are used, which keeps them exact in
+    float32 and strictly between 0 and 1.
+    """
+    key = torch.tensor(keys, dtype=torch.int64, device=device)
+    position = torch.arange(size, dtype=torch.int64, device=device)
+    row = _mix(key[:, 0] ^ ((step * 0x9E3779B9 + 0x85EBCA6B) & _MASK32))
+    h = _mix((_mix(row[:, None] ^ position[None, :]) + key[:, 1:]) & _MASK32)
+    uniform = ((h >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _mix(x: Tensor) -> Tensor:
+    # products of two 32-bit numbers wrap in int64; only their low 32 bits are kept, which wrapping leaves right
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)

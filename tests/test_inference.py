@@ -1,0 +1,184 @@
+"""Generation: order, batching, seeded sampling, log-probabilities; and scoring of given answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from leaml_plugin import inference, models
+from leaml_plugin.data.collate import Collator
+from leaml_plugin.data.prompts import Turn
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.inference import Sampling, generate, score
+from leaml_plugin.records import ImageRef
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, seed=5)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_dir):
+    loaded = models.load(tiny_model_dir, device="cpu")
+    # random weights are nearly uniform; sharper ones make argmax and nucleus mean something
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight.mul_(30)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def collator(loaded):
+    return Collator(loaded.processor)
+
+
+@pytest.fixture(scope="module")
+def turns(pictures):
+    refs = [ImageRef(str(p)) for p in pictures]
+    prompts = ["Is there a polyp?", "Where?", "How many instruments can be seen in this picture, if any?", "Colour?"]
+    turns = [Turn(f"t{i}", (refs[i % 6],), prompts[i % 4], "an answer"[: 3 + i]) for i in range(6)]
+    return [*turns, Turn("two", (refs[0], refs[3]), "Which?", "left"), Turn("text", (), "Why?", "because")]
+
+
+def texts(loaded, turns, collator, **options):
+    options = {"batch_size": 3, "max_new_tokens": 8, "progress": False, **options}
+    return list(generate(loaded, turns, collator=collator, **options))
+
+
+def test_greedy_answers_come_in_order_and_equal_plain_generate(loaded, collator, turns):
+    out = texts(loaded, turns, collator, batch_size=3)
+    assert [o.id for o in out] == [t.id for t in turns]
+    for turn, got in zip(turns, out):
+        batch = collator.prompt_batch([turn])
+        want = loaded.model.generate(**batch, max_new_tokens=8, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        assert got.text == collator.decode(want) and 0 < got.tokens <= 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
+def test_sampling_does_not_depend_on_batch_shard_or_global_seed(loaded, collator, turns, batch_size):
+    want = {(o.id, o.sample): o.text for o in texts(loaded, turns, collator, sampling=SAMPLING, num_samples=3)}
+    torch.manual_seed(batch_size)
+    shard = turns[::-2]
+    got = texts(loaded, shard, collator, sampling=SAMPLING, num_samples=3, batch_size=batch_size)
+    assert [(o.id, o.sample) for o in got] == [(t.id, s) for t in shard for s in range(3)]
+    assert all(want[o.id, o.sample] == o.text for o in got)
+
+
+def test_samples_seeds_and_turns_differ(loaded, collator, turns):
+    same = [dataclasses.replace(turns[0], id=str(i)) for i in range(4)]
+    hot = dataclasses.replace(SAMPLING, temperature=2.0, top_p=1.0)
+    out = texts(loaded, same, collator, sampling=hot, num_samples=4)
+    assert len({o.text for o in out}) >= 14  # 16 draws of 8 bytes
+    other = texts(loaded, same, collator, sampling=dataclasses.replace(hot, seed=6), num_samples=4)
+    assert {o.text for o in out} != {o.text for o in other}
+
+
+def test_a_cold_sample_is_the_greedy_answer(loaded, collator, turns):
+    cold = texts(loaded, turns, collator, sampling=Sampling(temperature=1e-4))
+    assert [o.text for o in cold] == [o.text for o in texts(loaded, turns, collator)]
+    narrow = texts(loaded, turns, collator, sampling=Sampling(temperature=1.0, top_p=1e-6))
+    assert [o.text for o in narrow] == [o.text for o in cold]
+
+
+def test_gumbel_draws_follow_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    n = 20_000
+    keys = [inference._key(0, f"turn {i}", i % 3) for i in range(n)]
+    for step in (0, 7):
+        noise = inference.gumbel(keys, step, 5)
+        assert torch.isfinite(noise).all()
+        counts = torch.bincount((logits + noise).argmax(-1), minlength=5).double()
+        want = logits.double().softmax(-1) * n
+        chi2 = float(((counts - want) ** 2 / want).sum())
+        assert chi2 < 23.5  # 4 degrees of freedom, p = 1e-4
+    first, second = inference.gumbel(keys, 0, 2).T
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.03
+    assert abs(float(torch.corrcoef(torch.stack([first, inference.gumbel(keys, 1, 2)[:, 0]]))[0, 1])) < 0.03
+
+
+def test_gumbel_noise_is_pinned():
+    """A changed hash would silently change every published sample."""
+    noise = inference.gumbel([(1, 2), (0xFFFFFFFF, 0)], 3, 2)
+    want = torch.tensor([[0.455896258, 1.48267579], [-0.486749411, 3.28932595]])
+    torch.testing.assert_close(noise, want, atol=1e-6, rtol=1e-6)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]).log()
+    kept = torch.isfinite(inference._nucleus(logits, 0.7))
+    assert kept.tolist() == [[False, True, False, True], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("sampling", [None, SAMPLING])
+def test_logprobs_are_those_of_the_written_tokens(loaded, collator, turns, sampling):
+    out = texts(loaded, turns, collator, sampling=sampling, return_logprobs=True)
+    again = texts(loaded, turns, collator, sampling=sampling)
+    assert [o.text for o in out] == [o.text for o in again] and all(o.logprob == 0.0 for o in again)
+    for turn, got in zip(turns, out):
+        # decode greedily or by the same noise, alone, and read the log-probabilities off the full forward pass
+        batch = collator.prompt_batch([turn])
+        n = batch["input_ids"].shape[1]
+        processors = []
+        if sampling is not None:
+            keys = [inference._key(sampling.seed, turn.id, 0)]
+            processors = [inference._Chooser(n, sampling, keys, [], False)]
+        ids = loaded.model.generate(**batch, max_new_tokens=got.tokens, do_sample=False, logits_processor=processors)
+        grown = collator.prompt_features(turn)
+        sequence = {
+            k: torch.cat([v, ids[0, n:] if k == "input_ids" else torch.full_like(ids[0, n:], k == "attention_mask")])
+            for k, v in grown.sequence.items()
+        }
+        with torch.no_grad():
+            full = collator.merge([dataclasses.replace(grown, sequence=sequence)], side="left")
+            logits = loaded.model(**full).logits[0, n - 1 : -1].log_softmax(-1)
+        want = float(logits.gather(1, ids[0, n:, None]).mean())
+        assert got.logprob == pytest.approx(want, abs=2e-3)
+
+
+def test_score_is_the_negative_loss(loaded, collator, turns):
+    got = list(score(loaded, turns, collator=collator, batch_size=3, progress=False))
+    assert len(got) == len(turns)
+    with torch.no_grad():
+        want = [-float(loaded.model(**collator.encode(turn)).loss) for turn in turns]
+    assert got == pytest.approx(want, abs=2e-3)
+
+
+def test_turns_may_be_a_stream_and_are_read_as_needed(loaded, collator, turns):
+    read = []
+
+    def stream():
+        for turn in turns * 3:
+            read.append(turn)
+            yield turn
+
+    out = generate(loaded, stream(), collator=collator, batch_size=2, max_new_tokens=2, progress=False)
+    next(out)
+    assert len(read) == 8  # one window
+    assert len(list(out)) == len(turns) * 3 - 1
+
+
+def test_a_checkpoints_penalties_do_not_reach_us(loaded, collator, turns):
+    want = [o.text for o in texts(loaded, turns[:2], collator)]
+    config = loaded.model.generation_config
+    config.repetition_penalty, config.do_sample, config.temperature, config.top_k = 5.0, True, 0.1, 1
+    try:
+        assert [o.text for o in texts(loaded, turns[:2], collator)] == want
+    finally:
+        config.repetition_penalty, config.do_sample, config.temperature, config.top_k = 1.0, False, 1.0, 50
+
+
+def test_the_models_mode_is_restored(loaded, collator, turns):
+    loaded.model.train()
+    texts(loaded, turns[:1], collator)
+    assert loaded.model.training
+    loaded.model.eval()
+
+
+def test_impossible_settings_are_one_sentence(loaded, collator, turns):
+    with pytest.raises(LeamlError, match="batch_size is 0"):
+        generate(loaded, turns, collator=collator, batch_size=0)
+    with pytest.raises(LeamlError, match="greedy"):
+        generate(loaded, turns, collator=collator, num_samples=2)
+    with pytest.raises(LeamlError, match="temperature is 0"):
+        Sampling(temperature=0)
+    with pytest.raises(LeamlError, match=r"top_p is 1\.5"):
+        Sampling(top_p=1.5)
