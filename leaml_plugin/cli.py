@@ -18,6 +18,7 @@ from leaml_plugin.errors import LeamlError, unknown_name
 COMMANDS = {
     "adapt": ("leaml_plugin.commands.adapt", "adapt a model to a visual domain from a few labels and many pictures"),
     "demo": ("leaml_plugin.commands.demo", "the whole of LEAML on the embedded endoscopy world, against baselines"),
+    "report": ("leaml_plugin.report", "write the report page of a run again"),
     "doctor": ("leaml_plugin.commands.doctor", "versions, the extension and devices, for a bug report"),
     "eval": ("leaml_plugin.lmms.run", "evaluate a model on lmms-eval tasks; exit code 1 if that fails"),
     "tasks": ("leaml_plugin.lmms.tasks", "list the lmms-eval tasks of this package and where their data is"),

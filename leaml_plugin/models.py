@@ -109,7 +109,7 @@ def load(
 
     kind, where = _dtype(dtype), _device(device)
     config = _config(path, trust_remote_code)
-    processor = _processor(path, trust_remote_code, processor_options)
+    processor = load_processor(path, trust_remote_code=trust_remote_code, options=processor_options)
     _check_weights(path)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -144,7 +144,7 @@ def check(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> N
     from leaml_plugin.data.collate import Collator
 
     _config(path, trust_remote_code)
-    Collator(_processor(path, trust_remote_code, None))
+    Collator(load_processor(path, trust_remote_code=trust_remote_code))
     _check_weights(path)
 
 
@@ -315,7 +315,10 @@ def _config(path: str | os.PathLike[str], trust_remote_code: bool) -> Any:
     return config
 
 
-def _processor(path: str | os.PathLike[str], trust_remote_code: bool, options: Mapping[str, Any] | None) -> Any:
+def load_processor(
+    path: str | os.PathLike[str], *, trust_remote_code: bool = False, options: Mapping[str, Any] | None = None
+) -> Any:
+    """The processor alone, as :func:`load` gives it; ``options`` go to ``AutoProcessor``."""
     from transformers import AutoProcessor
 
     try:

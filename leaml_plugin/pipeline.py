@@ -18,19 +18,25 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leaml_plugin.artifacts import (
     RunDirectory,
     atomic_directory,
     fingerprint,
     read_records,
+    write_records,
 )
 from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.progress import track
 from leaml_plugin.records import QA, Picture, PseudoQA, to_json
 from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator
 
+if TYPE_CHECKING:
+    from leaml_plugin.data import Prompts
+
 METHODS = ("leaml", "labels")
+PICTURE_CACHE = 1 << 28  # bytes of processed pictures that a stage keeps in memory
 
 
 @dataclass(frozen=True)
@@ -151,16 +157,19 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
         """Decode every picture once before a run begins; a run that is taken up did that."""
         for records in (inputs.labels, inputs.pictures, inputs.questions):
             check_images(records)
+        if config.max_length:
+            _check_lengths(config, prompts, inputs)
 
     run = RunDirectory.open(config.output, _identity(config), _fingerprints(config, inputs, prompts.version), check)
 
+    _keep_inputs(run, inputs)
     load = functools.partial(
         models.load, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
     base: Callable[[], models.Loaded] = functools.partial(load, config.model)
 
     def collator(loaded: models.Loaded) -> Collator:
-        return Collator(loaded.processor, prompts, max_length=config.max_length or None)
+        return Collator(loaded.processor, prompts, max_length=config.max_length or None, cache_bytes=PICTURE_CACHE)
 
     common = {"collator": collator, "prompts": prompts}
     kept: Sequence[QA] = ()
@@ -207,6 +216,30 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
             **common,
         )
     return _deliver(run, tuned, counts, metrics)
+
+
+def _check_lengths(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
+    """Encode everything that will be trained on once, so that a sample that is too long is told before training."""
+    from leaml_plugin import models
+    from leaml_plugin.data import Collator
+
+    processor = models.load_processor(config.model, trust_remote_code=config.trust_remote_code)
+    collator = Collator(processor, prompts, max_length=config.max_length)
+    turns = [turn for qa in inputs.labels for turn in (prompts.vqa(qa), prompts.generate_target(qa))]
+    turns += [turn for turn in map(prompts.caption, inputs.pictures) if turn.target]
+    turns += [prompts.vqa(qa) for qa in inputs.questions]
+    for turn in track(turns, "checking lengths", unit="sample"):
+        collator.features(turn)
+
+
+def _keep_inputs(run: RunDirectory, inputs: Inputs) -> None:
+    """Copy the records into the run, so that a report needs nothing else."""
+    stage = run.stage("inputs")
+    if not stage.done:
+        write_records(stage.file("labels.jsonl"), inputs.labels)
+        write_records(stage.file("pictures.jsonl"), inputs.pictures)
+        write_records(stage.file("questions.jsonl"), inputs.questions)
+        stage.finish()
 
 
 def _deliver(run: RunDirectory, tuned: dict[str, Path], counts: dict[str, int], metrics: dict[str, Any]) -> AdaptResult:

@@ -101,6 +101,7 @@ def _put(data: dict[str, Any], name: str, value: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from leaml_plugin import report
     from leaml_plugin.artifacts import canonical_json
     from leaml_plugin.pipeline import AdaptConfig, adapt
     from leaml_plugin.training import config_dict
@@ -110,13 +111,8 @@ def main(args: argparse.Namespace) -> int:
         print(canonical_json(config_dict(defaults)), end="")
         return 0
     result = adapt(config.build(AdaptConfig, settings(args)))
-    if result.counts:
-        kept = result.counts.get("kept", 0)
-        dropped = {reason: n for reason, n in result.counts.items() if reason != "kept" and n}
-        print(f"pseudo-QA: {kept} kept" + "".join(f", {n} {reason}" for reason, n in dropped.items()))
-    if result.metrics:
-        for name in ("exact_match", "blind_majority", "above_blind"):
-            m = result.metrics[name]
-            print(f"{name:<15} {m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})")
+    path = report.write_report(result.output)
+    print(report.summary(result.output))
     print(f"{'adapter' if result.adapter else 'model'}: {result.adapter or result.model}")
+    print(f"report: {path}")
     return 0

@@ -72,6 +72,7 @@ def run(
         from leaml_plugin.inference import Sampling, generate
 
         loaded = load()
+        collate = collator(loaded)
         sampling = None
         if config.temperature > 0:
             sampling = Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
@@ -83,7 +84,7 @@ def run(
             for text in generate(
                 loaded,
                 [prompts.generate(picture) for picture in shards[i]],
-                collator=collator(loaded),
+                collator=collate,
                 batch_size=config.batch_size,
                 max_new_tokens=config.max_new_tokens,
                 sampling=sampling,

@@ -27,6 +27,7 @@ from leaml_plugin.selection import (
     all_neurons,
     random_selection,
     select,
+    split_layer,
 )
 from leaml_plugin.training import autocast, seed_everything, to_device
 
@@ -106,7 +107,7 @@ def run(
         selection = all_neurons(linears)
     scores.save(stage.file(SCORES))
     selection.save(stage.file(SELECTION))
-    write_json(stage.file(HEATMAP), selection.heatmap())  # for the report, which reads no tensors
+    write_json(stage.file(HEATMAP), heatmap(scores, selection))  # for the report, which reads no tensors
     stage.finish()
     return selection
 
@@ -145,3 +146,29 @@ def score(
             loss.backward()
             scorer.accumulate()
         return scorer.scores()
+
+
+def heatmap(scores: NeuronScores, selection: Selection) -> dict[str, list]:
+    """Where relevance and selection lie, as ``[layer][kind of module]`` tables of plain numbers or None.
+
+    Beside :meth:`Selection.heatmap`'s ``share`` of selected neurons: ``relevance``, the share of the model's total
+    score that lies in the cell, and ``captured``, the share of the cell's score that its selected neurons hold.
+    """
+    out = selection.heatmap()
+    rows, columns = out["layers"], out["kinds"]
+    total: dict[tuple[str, str], float] = {}
+    held: dict[tuple[str, str], float] = {}
+    for name, values in scores.scores.items():
+        # at FFN granularity one score belongs to the gate, up and down modules of its block
+        for part in scores.groups.get(name, (name,)):
+            cell = split_layer(part)
+            total[cell] = total.get(cell, 0.0) + float(values.sum())
+            index = selection.rows.get(part, selection.columns.get(part))
+            if index is not None:
+                held[cell] = held.get(cell, 0.0) + float(values[index].sum())
+    everything = sum(total.values()) or 1.0
+    out["relevance"] = [[total[y, x] / everything if (y, x) in total else None for x in columns] for y in rows]
+    out["captured"] = [
+        [held.get((y, x), 0.0) / total[y, x] if total.get((y, x)) else None for x in columns] for y in rows
+    ]
+    return out
