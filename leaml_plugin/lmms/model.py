@@ -44,7 +44,7 @@ class Leaml(lmms):
     """See the module docstring; the arguments are what ``--model_args`` takes.
 
     Args:
-        pretrained: directory or Hub id of the model.
+        pretrained: directory or Hub id of the model; from Python, a loaded model too.
         adapter: directory or Hub id of a PEFT adapter on it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...; the rank's own device where there are several processes.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
@@ -63,8 +63,8 @@ class Leaml(lmms):
 
     def __init__(
         self,
-        pretrained: str,
-        adapter: str | None = None,
+        pretrained: str | os.PathLike[str] | models.Loaded,
+        adapter: str | os.PathLike[str] | None = None,
         device: str | None = None,
         dtype: str = "auto",
         device_map: str | None = None,
@@ -93,23 +93,25 @@ class Leaml(lmms):
             raise unknown_name("model argument", next(iter(options)), _arguments())
         if device_map and self._world_size > 1:
             raise LeamlError("device_map spreads one model over all devices; use it with a single process.")
-        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        loaded = models.load(
-            str(pretrained),
-            dtype=dtype,
-            device="cpu" if device_map else self._choose_device(device),
-            adapter=adapter,
-            trust_remote_code=trust_remote_code,
-            attn=attn_implementation,
-            processor_options={name: value for name, value in limits.items() if value is not None},
-        )
-        if device_map:
-            loaded.model = _spread(loaded.model, device_map)
-        self.loaded = loaded
+        if isinstance(pretrained, models.Loaded):
+            self.loaded = pretrained
+        else:
+            limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            self.loaded = models.load(
+                pretrained,
+                dtype=dtype,
+                device="cpu" if device_map else self._choose_device(device),
+                adapter=adapter,
+                trust_remote_code=trust_remote_code,
+                attn=attn_implementation,
+                processor_options={name: value for name, value in limits.items() if value is not None},
+            )
+            if device_map:
+                self.loaded.model = _spread(self.loaded.model, device_map)
         self.batch_size_per_gpu = _batch_size(batch_size, max_batch_size)
         self.max_frames = int(max_frames)
         directory = prompts or os.environ.get("LEAML_PROMPTS") or None
-        self.collator = MessageCollator(loaded.processor, Prompts.load(directory), max_length=max_length)
+        self.collator = MessageCollator(self.loaded.processor, Prompts.load(directory), max_length=max_length)
 
     def _choose_device(self, device: str | None) -> str:
         if self._world_size > 1 and torch.cuda.is_available():
@@ -214,31 +216,39 @@ class Leaml(lmms):
     def _generate_batch(self, features: list[Features], options: Mapping[str, Any]) -> list[tuple[str, int]]:
         batch = self.loaded.to_device(self.collator.merge(features, side="left"))
         out = self.model.generate(**batch, generation_config=self._config(options))
+        ends = set(self._ends)
         answers = []
-        for row in out[:, batch["input_ids"].shape[1] :]:
-            text = self.collator.decode(row)
+        for row in out[:, batch["input_ids"].shape[1] :].tolist():
+            written = row[: next((n + 1 for n, token in enumerate(row) if token in ends), None)]
+            text = self.collator.decode(torch.tensor(written, dtype=torch.int64))
             for stop in _stops(options):
                 text = text.split(stop, 1)[0]
-            answers.append((text.strip(), int((row != self.collator.pad_id).sum())))
+            answers.append((text.strip(), len(written)))
         return answers
+
+    @property
+    def _ends(self) -> list[int]:
+        """Ids that end an answer: the template's, the tokenizer's and the checkpoint's."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = [self.collator.end_of_turn, self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        return sorted({token for token in ids if token is not None})
 
     def _config(self, options: Mapping[str, Any]) -> Any:
         from transformers import GenerationConfig
 
         temperature = float(options.get("temperature") or 0.0)
         sampled = bool(options.get("do_sample", temperature > 0)) and temperature > 0
-        own = self.model.generation_config.eos_token_id
-        ends = {self.collator.end_of_turn, *(own if isinstance(own, (list, tuple)) else [own])} - {None}
-        values = {name: options[name] for name in _PASSED if options.get(name) is not None}
+        # what is not set comes from the checkpoint, and neither its sampling nor its penalties may decide a benchmark
+        values = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+        values |= {name: options[name] for name in _PASSED if options.get(name) is not None}
         if not sampled:
             for name in ("top_p", "top_k", "min_p"):
                 values.pop(name, None)
-        # from scratch: a checkpoint's own sampling defaults must not decide a benchmark
         return GenerationConfig(
             max_new_tokens=int(options.get("max_new_tokens") or _DEFAULT_NEW_TOKENS),
             do_sample=sampled,
             pad_token_id=self.collator.pad_id,
-            eos_token_id=sorted(ends),
+            eos_token_id=self._ends,
             **({"temperature": temperature} if sampled else {}),
             **values,
         )
