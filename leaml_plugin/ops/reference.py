@@ -186,9 +186,9 @@ def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     a, b = low * (1.0 / top), (low + 1.0) * (1.0 / top)
     below, above = (a * a) * (a * a), (b * b) * (b * b)
     uniform = (bits >> 8).to(torch.float32) * 2.0**-24
-    q = torch.where(uniform * (above - below) < x - below, low + 1.0, low)
+    q = low + ((x - below) - uniform * (above - below) > 0).to(torch.float32)
     if signed:
-        q = torch.where(value < 0, -q, q) + 128.0
+        q = 128.0 + torch.copysign(q, value)
     return q.to(torch.uint8), scales
 
 

@@ -1,0 +1,38 @@
+// Vectorised inner loops of the CPU path. No torch type crosses this header.
+#pragma once
+
+#include "numerics.h"
+
+namespace leaml::cpu {
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int kLanes = 32;  // partial sums of a row reduction: fixed, so that no vector width changes a result
+constexpr int kTile = 1024;  // elements a step handles at once; a multiple of kBlock and of kLanes
+
+// 3 x kLanes partial sums: w*g, |w*g|, g*g of elements i with i % kLanes == lane.
+struct Lanes {
+  alignas(64) float wg[kLanes], abs_wg[kLanes], gg[kLanes];
+};
+
+// Adds n contiguous elements, the first of which belongs to lane 0.
+void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes);
+// The fixed-order total of the lanes.
+Sums total(const Lanes& lanes);
+// acc[j] += for column sums: n columns of one row.
+void add_columns(const float* w, const float* g, int64_t n, float* wg, float* abs_wg, float* gg);
+
+// n elements, `stride` elements apart, to contiguous fp32 and back.
+void load(const void* source, Type type, int64_t stride, int64_t n, float* out);
+void store(const float* values, int64_t n, void* target, Type type, int64_t stride);
+void store_stochastic(const float* values, int64_t n, void* target, Type type, int64_t stride, uint32_t key, int64_t column);
+
+// One AdamW step of n <= kTile elements. The gradient is multiplied by `unscale`, then by `factor`.
+void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale, float factor, const Hyper& h,
+          const RowCoefficients& c);
+
+// 8-bit states of n <= kTile elements whose first one starts a block; `column` is its position in the row.
+void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out);
+void encode(const float* values, int64_t n, bool is_signed, uint32_t key, int64_t column, uint8_t* code, float* scales);
+
+}  // namespace leaml::cpu

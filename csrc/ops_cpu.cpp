@@ -1,0 +1,393 @@
+// The CPU implementations of torch.ops.leaml.*: threading and row logic over the vectorised loops of cpu_kernels.cpp.
+//
+// Work is cut into items whose bounds depend on the shapes alone, and every sum has a fixed order, so results do not
+// depend on the number of threads.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <memory>
+#include <tuple>
+
+#include "cpu_kernels.h"
+#include "ops_common.h"
+
+namespace leaml {
+namespace {
+
+constexpr int64_t kItemElements = 1 << 15;  // of a work item: some tens of microseconds
+constexpr int64_t kStrip = 512;             // columns summed at once; three accumulators of it stay in L1
+constexpr int64_t kStripRows = 64;          // rows summed before the partial sums join the total
+
+cpu::Type kernel_type(Dtype dtype) { return static_cast<cpu::Type>(static_cast<int>(dtype)); }
+
+// torch's parallel_for lets no exception through, so work must not throw: arguments are checked before.
+template <class F>
+void for_items(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// --- relevance -----------------------------------------------------------------------------------------------------
+
+Sums row_sums(const Matrix& w, const Matrix& g, int64_t row) {
+  cpu::Lanes lanes{};
+  const char* wp = w.data + row * w.row_stride * bytes(w.dtype);
+  const char* gp = g.data + row * g.row_stride * bytes(g.dtype);
+  if (w.col_stride == 1 && g.col_stride == 1) {
+    cpu::add_relevance(wp, kernel_type(w.dtype), gp, kernel_type(g.dtype), w.cols, lanes);
+  } else {
+    alignas(64) float wb[cpu::kTile], gb[cpu::kTile];
+    for (int64_t c = 0; c < w.cols; c += cpu::kTile) {
+      const int64_t n = std::min<int64_t>(cpu::kTile, w.cols - c);
+      cpu::load(wp + c * w.col_stride * bytes(w.dtype), kernel_type(w.dtype), w.col_stride, n, wb);
+      cpu::load(gp + c * g.col_stride * bytes(g.dtype), kernel_type(g.dtype), g.col_stride, n, gb);
+      cpu::add_relevance(wb, cpu::Type::f32, gb, cpu::Type::f32, n, lanes);
+    }
+  }
+  return cpu::total(lanes);
+}
+
+const float* as_floats(const Matrix& m, int64_t row, int64_t column, int64_t n, float* buffer) {
+  const char* p = m.data + (row * m.row_stride + column * m.col_stride) * bytes(m.dtype);
+  if (m.dtype == Dtype::f32 && m.col_stride == 1) return reinterpret_cast<const float*>(p);
+  cpu::load(p, kernel_type(m.dtype), m.col_stride, n, buffer);
+  return buffer;
+}
+
+void column_sums(const Matrix& w, const Matrix& g, int64_t column, int64_t n, Sums* out) {
+  alignas(64) float wb[kStrip], gb[kStrip], partial[3][kStrip], sum[3][kStrip] = {};
+  for (int64_t r0 = 0; r0 < w.rows; r0 += kStripRows) {
+    std::fill(&partial[0][0], &partial[0][0] + 3 * kStrip, 0.0f);
+    for (int64_t r = r0; r < std::min(w.rows, r0 + kStripRows); ++r)
+      cpu::add_columns(as_floats(w, r, column, n, wb), as_floats(g, r, column, n, gb), n, partial[0], partial[1],
+                       partial[2]);
+    for (int s = 0; s < 3; ++s)
+      for (int64_t j = 0; j < n; ++j) sum[s][j] += partial[s][j];
+  }
+  for (int64_t j = 0; j < n; ++j) out[j] = {sum[0][j], sum[1][j], sum[2][j]};
+}
+
+struct Item {
+  size_t part;
+  int64_t begin, end;
+};
+
+// Adds the statistics of all parts to the outputs; the squared gradient norm comes back.
+float finish(const std::vector<Part>& parts, const std::vector<std::vector<Sums>>& sums, const std::vector<Output>& out,
+             const std::vector<int64_t>& criteria, const float* grad_scale, const float* found_inf) {
+  const float inverse = grad_scale ? 1.0f / *grad_scale : 1.0f;
+  double squared = 0.0;
+  std::vector<std::vector<size_t>> members(out.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    members[size_t(parts[i].slot)].push_back(i);
+    for (const Sums& s : sums[i]) squared += s.gg;
+  }
+  if (!found_inf || *found_inf == 0.0f) {
+    for_items(int64_t(out.size()), [&](int64_t j) {
+      const std::vector<size_t>& own = members[size_t(j)];
+      if (own.empty()) return;
+      const Output& o = out[size_t(j)];
+      for (int64_t i = 0; i < o.neurons; ++i) {
+        Sums s = sums[own[0]][size_t(i)];
+        for (size_t p = 1; p < own.size(); ++p) {
+          const Sums& t = sums[own[p]][size_t(i)];
+          s = {s.wg + t.wg, s.abs_wg + t.abs_wg, s.gg + t.gg};
+        }
+        for (size_t c = 0; c < criteria.size(); ++c)
+          o.data[int64_t(c) * o.criterion_stride + i * o.neuron_stride] += criterion_value(int(criteria[c]), s, inverse);
+      }
+    });
+  }
+  return float(squared * double(inverse) * double(inverse));
+}
+
+Tensor scalar_tensor(float value) {
+  Tensor result = torch::stable::empty({}, ScalarType::Float);
+  *static_cast<float*>(result.data_ptr()) = value;
+  return result;
+}
+
+Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::vector<int64_t> criteria,
+                            std::vector<int64_t> dims, std::vector<int64_t> slots, std::optional<Tensor> grad_scale,
+                            std::optional<Tensor> found_inf) {
+  const std::vector<Output> outputs = outputs_of(out, criteria, false, -1);
+  const std::vector<Part> parts = parts_of(weights, grads, dims, slots, outputs, false, -1);
+  const float* scale = scalar_of(grad_scale, "grad_scale", false, -1);
+  const float* skip = scalar_of(found_inf, "found_inf", false, -1);
+  std::vector<std::vector<Sums>> sums(parts.size());
+  std::vector<Item> items;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const int64_t neurons = parts[i].neurons();
+    sums[i].resize(size_t(neurons));
+    const int64_t chunk =
+        parts[i].dim == 1 ? kStrip : std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, parts[i].width()));
+    for (int64_t b = 0; b < neurons; b += chunk) items.push_back({i, b, std::min(neurons, b + chunk)});
+  }
+  for_items(int64_t(items.size()), [&](int64_t index) {
+    const Item& item = items[size_t(index)];
+    const Part& p = parts[item.part];
+    if (p.dim == 1) return column_sums(p.w, p.g, item.begin, item.end - item.begin, &sums[item.part][size_t(item.begin)]);
+    for (int64_t r = item.begin; r < item.end; ++r) sums[item.part][size_t(r)] = row_sums(p.w, p.g, r);
+  });
+  return scalar_tensor(finish(parts, sums, outputs, criteria, scale, skip));
+}
+
+// --- sparse AdamW --------------------------------------------------------------------------------------------------
+
+struct Call {
+  Hyper hyper;
+  double lr;
+  float unscale, factor;
+  bool skip;
+};
+
+Call call_of(const Hyper& hyper, const std::optional<Tensor>& lr, const std::optional<Tensor>& clip_coef,
+             const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  const float* rate = scalar_of(lr, "lr", false, -1);
+  const float* clip = scalar_of(clip_coef, "clip_coef", false, -1);
+  const float* scale = scalar_of(grad_scale, "grad_scale", false, -1);
+  const float* skip = scalar_of(found_inf, "found_inf", false, -1);
+  return {hyper, rate ? double(*rate) : hyper.lr, scale ? 1.0f / *scale : 1.0f, hyper.sign * (clip ? *clip : 1.0f),
+          skip && *skip != 0.0f};
+}
+
+void check_rows(const std::vector<Update>& updates) {
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const Update& u = updates[i];
+    int64_t last = -1;
+    for (int64_t j = 0; j < u.k; last = u.rows[j++])
+      STD_TORCH_CHECK(u.rows[j] > last && u.rows[j] < u.w.rows, "rows ", i,
+                      ": wanted strictly ascending indices from 0 to ", u.w.rows - 1, ", got ", u.rows[j], " at position ",
+                      j);
+  }
+}
+
+void prefetch(const char* p, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(p + i, 1);
+}
+
+// The j-th selected row of u: a tile at a time through L1.
+void step_row(const Update& u, size_t tensor, int64_t j, const Call& call) {
+  const int64_t row = u.rows[j], source = u.compact ? j : row;
+  const float t = u.step[j] + 1.0f;
+  const RowCoefficients c = row_coefficients(call.hyper, call.lr, t);
+  const bool eight_bit = u.m_scale != nullptr, stochastic = call.hyper.stochastic && !u.master;
+  const uint32_t key = eight_bit || stochastic ? row_key(call.hyper.seed, int64_t(tensor), row, t) : 0u;
+  const int64_t wb = bytes(u.w.dtype), gb = bytes(u.g.dtype), blocks = (u.width + kBlock - 1) / kBlock;
+  char* w_row = u.w.data + row * u.w.row_stride * wb;
+  const char* g_row = u.g.data + source * u.g.row_stride * gb;
+  const bool direct = u.w.dtype == Dtype::f32 && u.w.col_stride == 1 && !u.master;
+  const bool fits = u.w.col_stride == 1 && u.g.col_stride == 1;
+  // the next selected row is far away in memory: no hardware prefetcher finds it
+  const char* next_w = nullptr;
+  const char* next_g = nullptr;
+  if (fits && j + 1 < u.k) {
+    next_w = u.w.data + u.rows[j + 1] * u.w.row_stride * wb;
+    next_g = u.g.data + (u.compact ? j + 1 : u.rows[j + 1]) * u.g.row_stride * gb;
+  }
+  alignas(64) float w_buffer[cpu::kTile], g_buffer[cpu::kTile], m_buffer[cpu::kTile], v_buffer[cpu::kTile];
+  for (int64_t column = 0; column < u.width; column += cpu::kTile) {
+    const int64_t n = std::min<int64_t>(cpu::kTile, u.width - column), at = j * u.width + column;
+    const int64_t ahead = column + cpu::kTile;
+    if (fits && ahead < u.width) {
+      const int64_t m = std::min<int64_t>(cpu::kTile, u.width - ahead);
+      prefetch(w_row + ahead * wb, m * wb);
+      prefetch(g_row + ahead * gb, m * gb);
+    } else if (next_w) {
+      const int64_t m = std::min<int64_t>(cpu::kTile, u.width);
+      prefetch(next_w, m * wb);
+      prefetch(next_g, m * gb);
+    }
+    char* wp = w_row + column * u.w.col_stride * wb;
+    float* w = w_buffer;
+    if (u.master)
+      w = u.master + at;
+    else if (direct)
+      w = reinterpret_cast<float*>(wp);
+    else
+      cpu::load(wp, kernel_type(u.w.dtype), u.w.col_stride, n, w_buffer);
+    const char* gp = g_row + column * u.g.col_stride * gb;
+    const float* g = reinterpret_cast<const float*>(gp);
+    if (u.g.dtype != Dtype::f32 || u.g.col_stride != 1) {
+      cpu::load(gp, kernel_type(u.g.dtype), u.g.col_stride, n, g_buffer);
+      g = g_buffer;
+    }
+    float *m = m_buffer, *v = v_buffer;
+    const int64_t block = j * blocks + column / kBlock;
+    if (eight_bit) {
+      cpu::decode(static_cast<uint8_t*>(u.m) + at, u.m_scale + block, n, true, m_buffer);
+      cpu::decode(static_cast<uint8_t*>(u.v) + at, u.v_scale + block, n, false, v_buffer);
+    } else {
+      m = static_cast<float*>(u.m) + at;
+      v = static_cast<float*>(u.v) + at;
+    }
+    cpu::step(w, g, m, v, n, call.unscale, call.factor, call.hyper, c);
+    if (eight_bit) {
+      cpu::encode(m, n, true, key, column, static_cast<uint8_t*>(u.m) + at, u.m_scale + block);
+      cpu::encode(v, n, false, key, column, static_cast<uint8_t*>(u.v) + at, u.v_scale + block);
+    }
+    if (direct) continue;
+    if (stochastic)
+      cpu::store_stochastic(w, n, wp, kernel_type(u.w.dtype), u.w.col_stride, key, column);
+    else
+      cpu::store(w, n, wp, kernel_type(u.w.dtype), u.w.col_stride);
+  }
+  u.step[j] = t;
+}
+
+void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps,
+                      Tensors exp_avg_scale, Tensors exp_avg_sq_scale, Tensors masters, std::optional<Tensor> lr_tensor,
+                      std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                      double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                      bool stochastic_rounding, int64_t seed) {
+  const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
+                                                 exp_avg_sq_scale, masters, false, false, -1);
+  check_rows(updates);
+  const Call call = call_of(hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed), lr_tensor,
+                            clip_coef, grad_scale, found_inf);
+  if (call.skip) return;
+  std::vector<Item> items;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const int64_t chunk = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, updates[i].width));
+    for (int64_t b = 0; b < updates[i].k; b += chunk) items.push_back({i, b, std::min(updates[i].k, b + chunk)});
+  }
+  for_items(int64_t(items.size()), [&](int64_t index) {
+    const Item& item = items[size_t(index)];
+    for (int64_t j = item.begin; j < item.end; ++j) step_row(updates[item.part], item.part, j, call);
+  });
+}
+
+// --- the fusion ----------------------------------------------------------------------------------------------------
+
+Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
+                                  Tensors steps, Tensors exp_avg_scale, Tensors exp_avg_sq_scale, Tensors masters,
+                                  Tensors out, std::vector<int64_t> criteria, std::optional<Tensor> lr_tensor,
+                                  std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
+                                  std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
+                                  double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed) {
+  check_count("out", out, params);
+  const std::vector<Output> outputs = outputs_of(out, criteria, false, -1);
+  const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
+                                                 exp_avg_sq_scale, masters, true, false, -1);
+  check_rows(updates);
+  const Call call = call_of(hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed), lr_tensor,
+                            clip_coef, grad_scale, found_inf);
+  std::vector<Part> parts;
+  std::vector<std::vector<Sums>> sums(updates.size());
+  std::vector<Item> items;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const Update& u = updates[i];
+    STD_TORCH_CHECK(u.w.rows == outputs[i].neurons, "out ", i, ": wanted ", u.w.rows, " neurons, got ",
+                    outputs[i].neurons);
+    parts.push_back({u.w, u.g, 0, int(i)});
+    sums[i].resize(size_t(u.w.rows));
+    const int64_t chunk = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, u.width));
+    for (int64_t b = 0; b < u.w.rows; b += chunk) items.push_back({i, b, std::min(u.w.rows, b + chunk)});
+  }
+  for_items(int64_t(items.size()), [&](int64_t index) {
+    const Item& item = items[size_t(index)];
+    const Update& u = updates[item.part];
+    int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
+    for (int64_t r = item.begin; r < item.end; ++r) {
+      sums[item.part][size_t(r)] = row_sums(u.w, u.g, r);
+      // the row and its gradient are still in the cache
+      if (j < u.k && u.rows[j] == r) {
+        if (!call.skip) step_row(u, item.part, j, call);
+        ++j;
+      }
+    }
+  });
+  return scalar_tensor(finish(parts, sums, outputs, criteria, scalar_of(grad_scale, "grad_scale", false, -1),
+                              scalar_of(found_inf, "found_inf", false, -1)));
+}
+
+// --- selection -----------------------------------------------------------------------------------------------------
+
+// Radix selection: two histograms of 16 bits find the k-th key, one pass gathers in index order.
+Tensor select_top_cpu(Tensors scores, std::vector<int64_t> groups, std::vector<int64_t> counts) {
+  check_count("groups", groups, scores);
+  std::vector<int64_t> starts, sizes(counts.size(), 0);
+  int64_t total = 0, wanted = 0;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    check_device(scores[i], false, -1, "scores", i);
+    STD_TORCH_CHECK(scores[i].scalar_type() == ScalarType::Float && scores[i].dim() == 1 && scores[i].is_contiguous(),
+                    "scores ", i, ": wanted a contiguous float32 vector, got ", scores[i].dim(),
+                    " dimensions of scalar type ", static_cast<int>(scores[i].scalar_type()));
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < int64_t(counts.size()), "groups ", i, ": wanted 0 to ", counts.size(),
+                    " exclusive, got ", groups[i]);
+    starts.push_back(total);
+    sizes[size_t(groups[i])] += scores[i].numel();
+    total += scores[i].numel();
+  }
+  for (size_t g = 0; g < counts.size(); ++g) {
+    STD_TORCH_CHECK(counts[g] >= 0 && counts[g] <= sizes[g], "counts ", g, ": wanted 0 to ", sizes[g], ", got ", counts[g]);
+    wanted += counts[g];
+  }
+  Tensor result = torch::stable::empty({wanted}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(result.data_ptr());
+
+  std::vector<uint32_t> keys{};
+  std::vector<uint32_t> threshold(counts.size(), 0);
+  std::vector<int64_t> ties(counts.size(), 0);  // how many keys equal to the threshold are taken
+  std::vector<int64_t> histogram(1 << 16);
+  std::vector<std::vector<size_t>> members(counts.size());
+  for (size_t i = 0; i < scores.size(); ++i) members[size_t(groups[i])].push_back(i);
+  keys.resize(size_t(total));
+  for_items(int64_t(scores.size()), [&](int64_t i) {
+    const float* s = static_cast<const float*>(scores[size_t(i)].data_ptr());
+    uint32_t* k = keys.data() + starts[size_t(i)];
+    for (int64_t j = 0; j < scores[size_t(i)].numel(); ++j) k[j] = order_key(s[j]);
+  });
+  for (size_t g = 0; g < counts.size(); ++g) {
+    if (counts[g] == 0) continue;
+    uint32_t prefix = 0;
+    int64_t left = counts[g];
+    if (sizes[g] < 4096) {  // a histogram costs more than sorting
+      std::vector<uint32_t> sorted;
+      for (size_t i : members[g])
+        sorted.insert(sorted.end(), keys.begin() + starts[i], keys.begin() + starts[i] + scores[i].numel());
+      std::nth_element(sorted.begin(), sorted.begin() + (left - 1), sorted.end(), std::greater<uint32_t>());
+      prefix = sorted[size_t(left - 1)];
+      for (uint32_t k : sorted) left -= k > prefix;
+    } else {
+      for (int shift : {16, 0}) {
+        std::fill(histogram.begin(), histogram.end(), 0);
+        for (size_t i : members[g])
+          for (int64_t j = starts[i]; j < starts[i] + scores[i].numel(); ++j) {
+            const uint32_t k = keys[size_t(j)];
+            if (shift == 16)
+              ++histogram[k >> 16];
+            else if ((k >> 16) == prefix)
+              ++histogram[k & 0xffffu];
+          }
+        uint32_t bin = 0xffffu;
+        while (histogram[bin] < left) left -= histogram[bin--];
+        prefix = (prefix << 16) | bin;
+      }
+    }
+    threshold[g] = prefix;
+    ties[g] = left;
+  }
+  int64_t written = 0;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const size_t g = size_t(groups[i]);
+    if (counts[g] == 0) continue;
+    const uint32_t limit = threshold[g];
+    for (int64_t j = starts[i]; j < starts[i] + scores[i].numel(); ++j) {
+      const uint32_t k = keys[size_t(j)];
+      if (k > limit || (k == limit && ties[g]-- > 0)) out[written++] = j;
+    }
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace leaml
+
+STABLE_TORCH_LIBRARY_IMPL(leaml, CPU, m) {
+  m.impl("neuron_relevance_", TORCH_BOX(&leaml::neuron_relevance_cpu));
+  m.impl("select_top", TORCH_BOX(&leaml::select_top_cpu));
+  m.impl("sparse_adamw_", TORCH_BOX(&leaml::sparse_adamw_cpu));
+  m.impl("relevance_sparse_adamw_", TORCH_BOX(&leaml::relevance_sparse_adamw_cpu));
+}
