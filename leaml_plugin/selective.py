@@ -46,7 +46,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from leaml_plugin import ops
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.optim import BaseRows, SparseAdamW
-from leaml_plugin.selection import Selection, is_conv1d, refuse_shared
+from leaml_plugin.selection import Selection, fingerprint, is_conv1d, refuse_shared
 
 WEIGHT, INDEX = "selected_weight", "selected_index"
 
@@ -157,7 +157,8 @@ def _watch_optimizers() -> None:
 class Handle:
     """What :func:`attach` returns: the selected neurons of a model as parameters. See the module's docstring.
 
-    ``selection`` is the current selection, ``modules`` the target modules by name. Usable as a context manager that
+    ``selection`` is the current selection, ``modules`` the target modules by name, ``base`` the fingerprint of their
+    weights before training. Usable as a context manager that
     detaches at its end.
     """
 
@@ -167,6 +168,7 @@ class Handle:
             _refuse(model, name, module)
         self.model, self.selection = model, selection
         self.modules: dict[str, nn.Module] = {}
+        self.base: dict[str, str] = {}
         self._required: list[tuple[nn.Parameter, bool]] = []
         self._originals: dict[str, tuple[Tensor, Tensor]] = {}
         if freeze:
@@ -288,6 +290,7 @@ class Handle:
 
     def _attach(self, name: str, module: nn.Module, axis: int, index: Tensor) -> None:
         self._freeze([module.weight])
+        self.base |= fingerprint({name: module})
         index = index.to(module.weight.device)
         module.__class__ = _selective_class(type(module))
         module.selected_axis = axis
