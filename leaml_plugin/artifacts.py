@@ -242,6 +242,14 @@ class RunDirectory:
     def stage(self, name: str) -> StageDirectory:
         return StageDirectory(self.path / "stages" / name, self.key)
 
+    def child(self, name: str) -> Path:
+        """The directory of a run that this one consists of."""
+        return self.path / "runs" / name
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"

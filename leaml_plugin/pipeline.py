@@ -3,7 +3,7 @@
     from leaml_plugin import adapt
     result = adapt(model="Qwen/Qwen2.5-VL-3B-Instruct", labeled="train.jsonl", unlabeled="images/",
                    captions="captions.jsonl", output="runs/endo")
-    print(result.adapter)
+    print(result.weights)
 
 Covers: the configuration of a whole run, the checks before any expensive work, the order of the stages.
 Does not cover: what a stage does (``leaml_plugin.stages``) or the command line (``leaml_plugin.cli``).
@@ -12,16 +12,16 @@ Does not cover: what a stage does (``leaml_plugin.stages``) or the command line 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaml_plugin.artifacts import (
     RunDirectory,
+    StageDirectory,
     atomic_directory,
     fingerprint,
     read_records,
@@ -33,7 +33,9 @@ from leaml_plugin.records import QA, Picture, PseudoQA, to_json
 from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator
 
 if TYPE_CHECKING:
-    from leaml_plugin.data import Prompts
+    from leaml_plugin.data import Collator, Prompts
+    from leaml_plugin.models import Loaded
+    from leaml_plugin.selection import Selection
 
 METHODS = ("leaml", "labels")
 PICTURE_CACHE = 1 << 28  # bytes of processed pictures that a stage keeps in memory
@@ -93,17 +95,22 @@ class AdaptResult:
 
     Attributes:
         output: the run directory.
-        adapter: the adapter (PEFT format) that the base model loads, or None after full fine-tuning.
-        model: the whole tuned model after full fine-tuning, else None.
-        counts: pseudo-QA pairs kept, and dropped by reason ("leaml" only).
+        weights: where the result lies: ``{"adapter": path}`` in PEFT's format, or ``{"model": path}`` after full
+            fine-tuning.
         metrics: scores on the evaluation file, or empty.
     """
 
-    output: Path
-    adapter: Path | None
-    model: Path | None
-    counts: dict[str, int]
+    output: str
+    weights: dict[str, Path]
     metrics: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path | None:
+        return self.weights.get("adapter")
+
+    @property
+    def model(self) -> Path | None:
+        return self.weights.get("model")
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,119 @@ def read_inputs(config: AdaptConfig) -> Inputs:
     return Inputs(labels, pictures, questions)
 
 
+class Adaptation:
+    """One run, stage by stage; :func:`adapt` calls the methods in order.
+
+        run = Adaptation(AdaptConfig(model=..., labeled=..., unlabeled=..., captions=..., output=...))
+        selection = run.relevance()                  # which neurons matter for question answering
+        generator = run.train_generator(selection)   # QA loss + caption distillation on those neurons
+        shards = run.generate(generator)             # pseudo-QA for the unlabelled pictures
+        pairs = run.filter(shards)                   # what may teach
+        tuned = run.finetune(pairs, selection)       # labels + pseudo-labels
+        metrics = run.evaluate(tuned)
+
+    Making the object reads and checks all input, so that bad input ends the run before it begins. A stage that is
+    complete in the output directory returns what it wrote; one that was killed goes on.
+
+    Raises:
+        LeamlError: bad input or configuration; nothing is trained or written over then.
+    """
+
+    def __init__(self, config: AdaptConfig):
+        from leaml_plugin import models
+        from leaml_plugin.data import Prompts
+
+        self.config = config
+        self.prompts = Prompts.load(config.prompts or None)
+        self.inputs = read_inputs(config)
+        models.check(config.model, trust_remote_code=config.trust_remote_code)
+        self.directory = RunDirectory.open(
+            config.output,
+            _identity(config),
+            _fingerprints(config, self.inputs, self.prompts.version),
+            check=lambda: _check_samples(config, self.prompts, self.inputs),
+        )
+        _keep_inputs(self.directory, self.inputs)
+
+    def load(self, weights: dict[str, Path] | None = None) -> Loaded:
+        """The base model, or with ``weights`` what a training stage returned, with its processor."""
+        from leaml_plugin import models
+
+        c = self.config
+        where = {"path": c.model, **(weights or {})}
+        return models.load(**where, dtype=c.dtype, device=c.device, trust_remote_code=c.trust_remote_code)
+
+    def collator(self, loaded: Loaded) -> Collator:
+        from leaml_plugin.data import Collator
+
+        return Collator(
+            loaded.processor, self.prompts, max_length=self.config.max_length or None, cache_bytes=PICTURE_CACHE
+        )
+
+    def relevance(self) -> Selection:
+        return relevance.run(
+            self.config.relevance, self._stage("relevance"), labels=self.inputs.labels, **self._tools()
+        )
+
+    def train_generator(self, selection: Selection) -> dict[str, Path]:
+        return train_generator.run(
+            self.config.generator,
+            self._stage("train_generator"),
+            labels=self.inputs.labels,
+            pictures=self.inputs.pictures,
+            selection=selection,
+            **self._tools(),
+        )
+
+    def generate(self, generator: dict[str, Path]) -> list[Path]:
+        return generate.run(
+            self.config.generate, self._stage("generate"), pictures=self.inputs.pictures, **self._tools(generator)
+        )
+
+    def filter(self, shards: Sequence[Path]) -> list[QA]:
+        kept, _ = filter.run(self.config.filter, self._stage("filter"), shards=shards, labels=self.inputs.labels)
+        return [pair.as_qa() for pair in read_records(kept, PseudoQA)]
+
+    def finetune(self, pairs: Sequence[QA] = (), selection: Selection | None = None) -> dict[str, Path]:
+        return finetune.run(
+            self.config.finetune,
+            self._stage("finetune"),
+            labels=self.inputs.labels,
+            pseudo=pairs,
+            selection=selection,
+            **self._tools(),
+        )
+
+    def evaluate(self, weights: dict[str, Path]) -> dict[str, Any]:
+        return evaluate.run(
+            self.config.evaluate,
+            self._stage("evaluate"),
+            questions=self.inputs.questions,
+            labels=self.inputs.labels,
+            **self._tools(weights),
+        )
+
+    def deliver(self, tuned: dict[str, Path]) -> dict[str, Path]:
+        """Put the trained weights where users look for them: ``adapter/`` or ``model/`` of the run."""
+        kind, source = ("adapter", tuned["adapter"]) if "adapter" in tuned else ("model", tuned["path"])
+        target = self.directory.adapter if kind == "adapter" else self.directory.model
+        if not target.exists():
+            with atomic_directory(target) as temporary:
+                for path in sorted(source.iterdir()):
+                    try:  # the same bytes once on disk where the file system can
+                        os.link(path, temporary / path.name)
+                    except OSError:
+                        shutil.copy2(path, temporary / path.name)
+        return {kind: target}
+
+    def _stage(self, name: str) -> StageDirectory:
+        return self.directory.stage(name)
+
+    def _tools(self, weights: dict[str, Path] | None = None) -> dict[str, Any]:
+        """What every stage that runs a model needs; the model is loaded only where there is work left."""
+        return {"load": lambda: self.load(weights), "collator": self.collator, "prompts": self.prompts}
+
+
 def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
     """Run every stage that is not complete yet; returns where the adapted model is.
 
@@ -145,77 +265,28 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
         config = AdaptConfig(**options)
     elif options:
         config = dataclasses.replace(config, **options)
-
-    from leaml_plugin import models
-    from leaml_plugin.data import Collator, Prompts, check_images
-
-    prompts = Prompts.load(config.prompts or None)
-    inputs = read_inputs(config)
-    models.check(config.model, trust_remote_code=config.trust_remote_code)
-
-    def check() -> None:
-        """Decode every picture once before a run begins; a run that is taken up did that."""
-        for records in (inputs.labels, inputs.pictures, inputs.questions):
-            check_images(records)
-        if config.max_length:
-            _check_lengths(config, prompts, inputs)
-
-    run = RunDirectory.open(config.output, _identity(config), _fingerprints(config, inputs, prompts.version), check)
-
-    _keep_inputs(run, inputs)
-    load = functools.partial(
-        models.load, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
-    base: Callable[[], models.Loaded] = functools.partial(load, config.model)
-
-    def collator(loaded: models.Loaded) -> Collator:
-        return Collator(loaded.processor, prompts, max_length=config.max_length or None, cache_bytes=PICTURE_CACHE)
-
-    common = {"collator": collator, "prompts": prompts}
-    kept: Sequence[QA] = ()
-    counts: dict[str, int] = {}
+    run = Adaptation(config)
     selection = None
     if config.method == "leaml" or config.finetune.mode == "selected":
-        selection = relevance.run(config.relevance, run.stage("relevance"), load=base, labels=inputs.labels, **common)
+        selection = run.relevance()
+    pairs: Sequence[QA] = ()
     if config.method == "leaml":
-        generator = train_generator.run(
-            config.generator,
-            run.stage("train_generator"),
-            load=base,
-            labels=inputs.labels,
-            pictures=inputs.pictures,
-            selection=selection,
-            **common,
-        )
-        shards = generate.run(
-            config.generate,
-            run.stage("generate"),
-            load=functools.partial(load, **{"path": config.model, **generator}),
-            pictures=inputs.pictures,
-            **common,
-        )
-        path, counts = filter.run(config.filter, run.stage("filter"), shards=shards, labels=inputs.labels)
-        kept = [pair.as_qa() for pair in read_records(path, PseudoQA)]
-    tuned = finetune.run(
-        config.finetune,
-        run.stage("finetune"),
-        load=base,
-        labels=inputs.labels,
-        pseudo=kept,
-        selection=selection,
-        **common,
-    )
-    metrics: dict[str, Any] = {}
-    if inputs.questions:
-        metrics = evaluate.run(
-            config.evaluate,
-            run.stage("evaluate"),
-            load=functools.partial(load, **{"path": config.model, **tuned}),
-            questions=inputs.questions,
-            labels=inputs.labels,
-            **common,
-        )
-    return _deliver(run, tuned, counts, metrics)
+        generator = run.train_generator(selection)
+        shards = run.generate(generator)
+        pairs = run.filter(shards)
+    tuned = run.finetune(pairs, selection)
+    metrics = run.evaluate(tuned) if run.inputs.questions else {}
+    return AdaptResult(config.output, run.deliver(tuned), metrics)
+
+
+def _check_samples(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
+    """Decode every picture once before a run begins, and encode every sample if a length limit is set."""
+    from leaml_plugin.data import check_images
+
+    for records in (inputs.labels, inputs.pictures, inputs.questions):
+        check_images(records)
+    if config.max_length:
+        _check_lengths(config, prompts, inputs)
 
 
 def _check_lengths(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
@@ -240,26 +311,6 @@ def _keep_inputs(run: RunDirectory, inputs: Inputs) -> None:
         write_records(stage.file("pictures.jsonl"), inputs.pictures)
         write_records(stage.file("questions.jsonl"), inputs.questions)
         stage.finish()
-
-
-def _deliver(run: RunDirectory, tuned: dict[str, Path], counts: dict[str, int], metrics: dict[str, Any]) -> AdaptResult:
-    """Put the trained weights where users look for them."""
-    kind, source = ("adapter", tuned["adapter"]) if "adapter" in tuned else ("model", tuned["path"])
-    target = run.adapter if kind == "adapter" else run.model
-    if not target.exists():
-        with atomic_directory(target) as temporary:
-            for path in sorted(source.iterdir()):
-                try:  # the same bytes once on disk where the file system can
-                    os.link(path, temporary / path.name)
-                except OSError:
-                    shutil.copy2(path, temporary / path.name)
-    return AdaptResult(
-        output=run.path,
-        adapter=target if kind == "adapter" else None,
-        model=target if kind == "model" else None,
-        counts=counts,
-        metrics=metrics,
-    )
 
 
 def _identity(config: AdaptConfig) -> dict[str, Any]:

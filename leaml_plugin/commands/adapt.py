@@ -113,6 +113,7 @@ def main(args: argparse.Namespace) -> int:
     result = adapt(config.build(AdaptConfig, settings(args)))
     path = report.write_report(result.output)
     print(report.summary(result.output))
-    print(f"{'adapter' if result.adapter else 'model'}: {result.adapter or result.model}")
+    for kind, where in result.weights.items():
+        print(f"{kind}: {where}")
     print(f"report: {path}")
     return 0
