@@ -14,17 +14,23 @@ import numpy as np
 from leaml_plugin.worlds import raster
 from leaml_plugin.worlds.raster import COLORS, RADIUS, SHAPES, SIZES, TEXTURES, UNIT
 from leaml_plugin.worlds.rng import Rng
-from leaml_plugin.worlds.scenes import MOTIONS, POSITIONS, Scene, Thing, WorldQA, join, offer, teacher
+from leaml_plugin.worlds.scenes import LETTER_REQUEST, MOTIONS, POSITIONS, Scene, Thing, WorldQA, join, offer, teacher
 
 GROUNDS = ("plain", "cloudy", "lined", "speckled", "shaded", "tiled")
 CHANGES = ("stays", "grows", "shrinks", "disappears", "appears")
 NUMBERS = ("0", "1", "2", "3", "4", "5")
 
-CAPTION_PROMPTS = ("Describe the image.", "Describe the image in detail.", "What do you see?", "Caption the image.")
+CAPTION_PROMPTS = (
+    "Describe the image.", "Describe this picture.", "Describe the image in detail.", "What do you see?",
+    "Caption the image.",
+)  # fmt: skip
 WRITE_PROMPTS = (
     "Write a question about the image and its answer.",
     "Ask a question about the image and answer it.",
+    "Write one question that a specialist would ask about this picture, and its short answer. Use this form:\n"
+    "Question: <question>\nAnswer: <answer>",
 )
+SHORT_REQUEST = "Answer with a single word or a short phrase."
 
 _STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _PLURAL = {"cross": "crosses"}
@@ -518,9 +524,22 @@ def _motion_choice(rng, things, facts):
     return WorldQA("choice", q, letter, "choice", options=options)
 
 
-def written(rng: Rng, qa: WorldQA) -> str:
-    """The target of a request to write a question with its answer."""
-    return f"Question: {qa.prompt}\nAnswer: {qa.answer}"
+def phrased(rng: Rng, qa: WorldQA) -> str:
+    """The question as users' prompt templates put it: bare, or with a request for the form of the answer."""
+    if qa.options:
+        between = " " if rng.chance(25) else "\n"
+        text = between.join([qa.question, *(f"{letter}. {option}" for letter, option in qa.options.items())])
+        requests = (LETTER_REQUEST, LETTER_REQUEST, SHORT_REQUEST, "")
+    else:
+        text, requests = qa.question, (SHORT_REQUEST, "", "")
+    request = rng.choice(requests)
+    return f"{text}\n{request}" if request else text
+
+
+def written(qa: WorldQA) -> str:
+    """The target of a request to write a question with its answer: two lines."""
+    options = [f"{letter}. {option}" for letter, option in qa.options.items()]
+    return f"Question: {' '.join([qa.question, *options])}\nAnswer: {qa.answer}"
 
 
 def cell_labels(things: tuple[Thing, ...]) -> np.ndarray:

@@ -105,7 +105,7 @@ def vision_scenes(recipe: Recipe, step: int) -> list[Any]:
 
 def joint_scenes(recipe: Recipe, step: int) -> list[tuple[Any, list[tuple[str, str]]]]:
     """Scenes with their turns. Clips grow from one in ten to two in five over the first third."""
-    from leaml_plugin.worlds.general import CAPTION_PROMPTS, WRITE_PROMPTS, compose, written
+    from leaml_plugin.worlds.general import CAPTION_PROMPTS, WRITE_PROMPTS, compose, phrased, written
     from leaml_plugin.worlds.rng import Rng
 
     out = []
@@ -113,12 +113,12 @@ def joint_scenes(recipe: Recipe, step: int) -> list[tuple[Any, list[tuple[str, s
     for i in range(recipe.batch):
         rng = Rng("pretrain-joint", recipe.seed, step, i)
         scene = compose(rng, i, 0, clip=rng.chance(clips), questions=recipe.questions + 2)
-        turns = [(qa.prompt, qa.answer) for qa in scene.qas[: recipe.questions]]
+        turns = [(phrased(rng, qa), qa.answer) for qa in scene.qas[: recipe.questions]]
         if rng.chance(55):
             turns.append((rng.choice(CAPTION_PROMPTS), scene.true_caption))
         spare = [qa for qa in scene.qas[recipe.questions :] if qa.template not in ("repeat", "naming")]
         if spare and rng.chance(60):
-            turns.append((rng.choice(WRITE_PROMPTS), written(rng, rng.choice(spare))))
+            turns.append((rng.choice(WRITE_PROMPTS), written(rng.choice(spare))))
         out.append((scene, turns))
     return out
 

@@ -47,8 +47,8 @@ def corpus() -> list[str]:
         scene = general.scene(index, seed=77)
         lines.append(scene.caption)
         for qa in scene.qas:
-            lines += [qa.prompt, qa.answer, f"Question: {qa.prompt}\nAnswer: {qa.answer}"]
-    lines += [*general.CAPTION_PROMPTS * 40, *general.WRITE_PROMPTS * 40]
+            lines += [qa.prompt, qa.answer, general.written(qa)]
+    lines += [*general.CAPTION_PROMPTS * 40, *general.WRITE_PROMPTS * 40, *[general.SHORT_REQUEST] * 200]
     rng = Rng("tokenizer")
     for _ in range(30):
         lines += [f" {word} {word.capitalize()} {word}" for word in general.EVERYDAY]
