@@ -198,7 +198,7 @@ def sports_files(
             "question": sports.choice_question(row),
             "answer": row["answer"],
             "template": metrics.normalise_question(row["question"]),
-            "options": row["options"],
+            "offered": row["options"],
             "level": row["level"],
             "sport": row["sport"],
         }
@@ -233,7 +233,9 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> Prepared | None:
             )
         paths = {name: out / f"{name}.jsonl" for name in _PARTS}
         if record.get("complete") and all(path.is_file() for path in paths.values()):
-            return Prepared(counts=record["counts"], **paths)
+            # lines that have been filled in meanwhile
+            filled = sum(bool(json.loads(line)["caption"]) for line in paths["captions"].read_text().splitlines())
+            return Prepared(counts={**record["counts"], "captions": filled}, **paths)
     elif out.is_dir() and any(out.iterdir()):
         raise LeamlError(f"{out}: is not empty and was not written by 'leaml data'; choose another --output.")
     elif out.exists() and not out.is_dir():
@@ -348,7 +350,9 @@ class _Writer:
             caption = captions.get(line["id"]) or captions.get(Path(files[0]).stem, "")
             # without a caption file every picture is listed with an empty caption, to be filled
             if caption or not captions:
-                taught.append({**{key: line[key] for key in line if key != "id"}, "caption": caption})
+                # a single picture goes by its path, a clip by its name
+                known = {"image": line["image"]} if "image" in line else line
+                taught.append({**known, "caption": caption})
         paths = {}
         for name, lines in zip(_PARTS, (train, unlabelled, taught, test)):
             paths[name] = self.out / f"{name}.jsonl"
