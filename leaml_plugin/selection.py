@@ -207,6 +207,36 @@ class NeuronScores:
             check_base(out.base, modules, f"{os.fspath(path)} ({out.criterion} scores)")
         return out
 
+    def heatmap(self, selection: Selection | None = None) -> dict[str, list]:
+        """Where the relevance lies, by layer and kind of module, as plain lists; axes as :meth:`Selection.heatmap`.
+
+        ``relevance``: share of the model's total score in each cell (at FFN granularity each module of a block
+        carries the block's score, so that the cells sum to more than 1). ``captured``, with a selection: share of the
+        cell's own score that the selected neurons hold. None where there is no module.
+        """
+        total = sum(float(s.double().sum()) for s in self.scores.values())
+        chosen = selection.rows | selection.columns if selection is not None else {}
+        relevance: dict[str, float] = {}
+        captured: dict[str, float] = {}
+        for name, values in self.scores.items():
+            mass = float(values.double().sum())
+            for part in self.groups.get(name, (name,)):
+                relevance[part] = mass
+                if part in chosen:
+                    captured[part] = float(values[chosen[part]].double().sum())
+        layers, kinds, cells = _grid(relevance)
+
+        def matrix(value: Callable[[list[str]], float | None]) -> list[list[float | None]]:
+            return [[value(cells[y, x]) if (y, x) in cells else None for x in kinds] for y in layers]
+
+        out = {"layers": layers, "kinds": kinds}
+        out["relevance"] = matrix(lambda names: sum(relevance[n] for n in names) / total if total else 0.0)
+        if selection is not None:
+            out["captured"] = matrix(
+                lambda names: sum(captured.get(n, 0.0) for n in names) / (sum(relevance[n] for n in names) or 1.0)
+            )
+        return out
+
     def __add__(self, other: NeuronScores) -> NeuronScores:
         """Scores over the micro-batches of both: ``grad_norm`` adds as norms per micro-batch like the others."""
         if (self.criterion, self.granularity, self.groups) != (other.criterion, other.granularity, other.groups):
@@ -233,6 +263,8 @@ class RelevanceScorer:
         fisher      sum g^2        diagonal of the empirical Fisher information
         grad_norm   sqrt(sum g^2)  how far the neuron wants to move
 
+    Several criteria cost no second pass: ``criterion=("taylor", "fisher")``, then ``scores("fisher")``.
+
     What is accumulated is the sum over micro-batches of the statistic *of each micro-batch*, not the statistic of the
     summed gradient. At a minimum of the loss the gradients of the batches cancel although each of them would move the
     neuron, so the statistic of the sum says least where the model is trained best. The sum of statistics is also
@@ -250,7 +282,7 @@ class RelevanceScorer:
     While the scorer is open the weights in ``linears`` require gradients; with ``freeze=model`` every other parameter
     of that model does not, which saves the memory of their gradients. :meth:`close` (or ``with``) restores both.
 
-    At FFN granularity ``groups`` lists (gate, up, down) module names (or (up, down) without a gate) and the sums run
+    At FFN granularity ``groups`` lists (gate, up, down) module names (gate None in a block without one) and the sums run
     over the unit's gate row, up row and down column together. (Up row and down column have the same sum of ``w*g``,
     both being the unit's activation times its gradient.)
 
@@ -263,22 +295,24 @@ class RelevanceScorer:
     def __init__(
         self,
         linears: Mapping[str, nn.Module],
-        criterion: ops.Criterion = "taylor",
+        criterion: ops.Criterion | Sequence[ops.Criterion] = "taylor",
         granularity: Granularity = "row",
         *,
-        groups: Iterable[Sequence[str]] | None = None,
+        groups: Iterable[Sequence[str | None]] | None = None,
         gradients: Literal["free", "keep", "stream"] = "free",
         freeze: nn.Module | None = None,
     ):
-        if criterion not in ops.CRITERIA:
-            raise unknown_name("relevance criterion", criterion, ops.CRITERIA)
+        self.criteria = (criterion,) if isinstance(criterion, str) else tuple(criterion)
+        for name in self.criteria:
+            if name not in ops.CRITERIA:
+                raise unknown_name("relevance criterion", name, ops.CRITERIA)
         if granularity not in GRANULARITIES:
             raise unknown_name("granularity", granularity, GRANULARITIES)
         if gradients not in ("free", "keep", "stream"):
             raise unknown_name("gradients option", gradients, ("free", "keep", "stream"))
         if not linears:
             raise LeamlError("no Linear layer to score: the target pattern matched nothing.")
-        self.criterion, self.granularity, self.gradients = criterion, granularity, gradients
+        self.granularity, self.gradients = granularity, gradients
         self.micro_batches = 0
         self._groups = _name_groups(groups, linears) if granularity == "ffn" else {}
         used = {part for parts in self._groups.values() for part in parts} if self._groups else set(linears)
@@ -295,8 +329,8 @@ class RelevanceScorer:
         self._parts = self._groups or {name: (name,) for name in self._modules}
         self._key_of = {part: key for key, parts in self._parts.items() for part in parts}
         self._scores = {
-            key: torch.zeros(linear_shape(linears[parts[0]])[0], device=linears[parts[0]].weight.device)
-            for key, parts in self._parts.items()
+            key: torch.zeros(len(self.criteria), linear_shape(first)[0], device=first.weight.device)
+            for key, first in ((key, linears[parts[0]]) for key, parts in self._parts.items())
         }
         self._seen: set[str] = set()
         self._required: list[tuple[nn.Parameter, bool]] = []
@@ -363,7 +397,7 @@ class RelevanceScorer:
                 [w.detach() for w in weights],
                 [w.grad for w in weights],
                 [self._scores[key] for key in same],
-                criteria=self.criterion,
+                criteria=self.criteria,
                 dims=dims,
                 slots=slots,
             )
@@ -396,12 +430,17 @@ class RelevanceScorer:
 
     # -- results
 
-    def scores(self, reduce: bool = True) -> NeuronScores:
-        """The scores so far, on the CPU. With ``reduce`` and ``torch.distributed`` initialised, summed over ranks.
+    def scores(self, criterion: ops.Criterion | None = None, *, reduce: bool = True) -> NeuronScores:
+        """The scores so far, on the CPU, by ``criterion`` (default: the first that the scorer was made with).
 
-        Every rank must call it then, and every rank gets the same result.
+        With ``reduce`` and ``torch.distributed`` initialised they are summed over ranks: every rank must call it
+        then, and every rank gets the same result.
         """
-        values = {name: s.clone() for name, s in self._scores.items()}
+        criterion = criterion or self.criteria[0]
+        if criterion not in self.criteria:
+            raise unknown_name("accumulated criterion", criterion, self.criteria)
+        which = self.criteria.index(criterion)
+        values = {name: s[which].clone() for name, s in self._scores.items()}
         count = self.micro_batches
         if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
             device = next(iter(values.values())).device
@@ -413,7 +452,7 @@ class RelevanceScorer:
             values = {n: v.float() for n, v in zip(values, total[:-1].split(sizes))}
         return NeuronScores(
             scores={name: v.cpu() for name, v in values.items()},
-            criterion=self.criterion,
+            criterion=criterion,
             granularity=self.granularity,
             micro_batches=count,
             base=self.base,
@@ -433,11 +472,12 @@ class RelevanceScorer:
         return int(down) ^ int(is_conv1d(self._modules[name]))
 
 
-def _name_groups(groups: Iterable[Sequence[str]] | None, modules: Mapping[str, nn.Module]) -> dict[str, tuple]:
+def _name_groups(groups: Iterable[Sequence[str | None]] | None, modules: Mapping[str, nn.Module]) -> dict[str, tuple]:
     """FFN groups keyed by their modules' common parent, checked: names exist, widths agree, none is used twice."""
     out: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()
-    for parts in map(tuple, groups or ()):
+    for group in groups or ():
+        parts = tuple(name for name in group if name is not None)
         if len(parts) not in (2, 3):
             raise LeamlError(f"an FFN group is (gate, up, down) or (up, down), got {parts!r}.")
         for name in parts:
@@ -547,21 +587,14 @@ class Selection:
         of ``share`` per layer. A layer is the part of the name up to its first number (``model.layers.3``); names
         without a number form a layer of their own, called ``""``.
         """
-        cells: dict[tuple[str, str], list[tuple[int, int]]] = {}
         counts = self.counts()
-        for name, k in counts.items():
-            layer, kind = split_layer(name)
-            cells.setdefault((layer, kind), []).append((k, self.sizes.get(name, 0)))
-        layers = list(dict.fromkeys(layer for layer, _ in cells))
-        kinds = list(dict.fromkeys(kind for _, kind in cells))
-        share = [
-            [
-                (sum(k for k, _ in cell) / max(sum(n for _, n in cell), 1) if (cell := cells.get((y, x))) else None)
-                for x in kinds
-            ]
-            for y in layers
-        ]
-        return {"layers": layers, "kinds": kinds, "share": share}
+        layers, kinds, cells = _grid(counts)
+
+        def share(names: list[str]) -> float:
+            return sum(counts[n] for n in names) / max(sum(self.sizes.get(n, 0) for n in names), 1)
+
+        matrix = [[share(cells[y, x]) if (y, x) in cells else None for x in kinds] for y in layers]
+        return {"layers": layers, "kinds": kinds, "share": matrix}
 
     # -- against a model
 
@@ -625,6 +658,14 @@ def split_layer(name: str) -> tuple[str, str]:
         if part.isdigit():
             return ".".join(parts[: i + 1]), ".".join(parts[i + 1 :])
     return "", name
+
+
+def _grid(names: Iterable[str]) -> tuple[list[str], list[str], dict[tuple[str, str], list[str]]]:
+    """Module names arranged by layer and kind: ``(layers, kinds, {(layer, kind): names})``, in order of appearance."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        cells.setdefault(split_layer(name), []).append(name)
+    return list(dict.fromkeys(y for y, _ in cells)), list(dict.fromkeys(x for _, x in cells)), cells
 
 
 def _group_of(name: str) -> str:

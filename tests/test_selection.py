@@ -122,7 +122,8 @@ def test_ffn_scores_join_gate_up_and_down(net, gradients):
     gate, up, down = (net_grads[n] for n in GROUPS[0])
     # both are the unit's activation times the gradient by it
     torch.testing.assert_close(up.sum(1), down.sum(0))
-    with RelevanceScorer(linears(net), granularity="ffn", groups=GROUPS, gradients=gradients) as scorer:
+    groups = GROUPS if gradients == "free" else [list(g) for g in GROUPS]
+    with RelevanceScorer(linears(net), granularity="ffn", groups=groups, gradients=gradients) as scorer:
         loss_of(net, batches()[0]).backward()
         scorer.accumulate()
     scores = scorer.scores()
@@ -244,6 +245,37 @@ def test_overlap_and_heatmap():
     assert a.jaccard(b) == pytest.approx(2 / 4) and a.jaccard(a) == 1
     assert a.heatmap() == {"layers": ["m.0", "m.1"], "kinds": ["q"], "share": [[0.5], [0.25]]}
     assert split_layer("head") == ("", "head")
+
+
+def test_heatmap_of_scores(net):
+    scores = NeuronScores({"m.0.q": torch.tensor([1.0, 3.0]), "m.1.q": torch.tensor([2.0, 2.0])})
+    chosen = select(scores, 0.5)
+    assert scores.heatmap(chosen) == {
+        "layers": ["m.0", "m.1"],
+        "kinds": ["q"],
+        "relevance": [[0.5], [0.5]],
+        "captured": [[0.75], [0.5]],
+    }
+    with RelevanceScorer(linears(net), granularity="ffn", groups=GROUPS) as scorer:
+        loss_of(net, batches()[0]).backward()
+        scorer.accumulate()
+    ffn = scorer.scores()
+    assert ffn.heatmap()["kinds"] == select(ffn, 0.1).heatmap()["kinds"] == ["gate", "up", "down"]
+
+
+def test_several_criteria_in_one_pass(net):
+    modules = linears(net)
+    with RelevanceScorer(modules, ["fisher", "taylor"]) as scorer:
+        for x in batches():
+            loss_of(net, x).backward()
+            scorer.accumulate()
+    assert scorer.scores().criterion == "fisher" and scorer.scores("taylor").criterion == "taylor"
+    for criterion in scorer.criteria:
+        want = expected(net, modules, STATISTICS[criterion])
+        for name, value in scorer.scores(criterion).scores.items():
+            torch.testing.assert_close(value.double(), want[name], rtol=1e-5, atol=1e-8)
+    with pytest.raises(LeamlError, match="accumulated criterion"):
+        scorer.scores("grad_norm")
 
 
 def test_random_selection_is_seeded_and_matches_counts(net):

@@ -18,8 +18,8 @@ class LeamlConfig(PeftConfig):
     """A trainable delta on the selected neurons of each target Linear; the base stays frozen and opaque.
 
     The usual way is ``LeamlConfig(selection=select(scores, density=0.05))``: targets and neurons come from the
-    selection, which may have been made on another model of the same shapes. Without one, ``target_modules`` and ``density`` draw neurons at random, the
-    control that a relevance score must beat.
+    selection, which may have been made on another model of the same shapes. Without one, ``target_modules`` and
+    ``density`` draw neurons at random, the control that a relevance score must beat.
 
     Row indices are saved with the weights; this file holds how many there are per module, because a loader must build
     the tensors before it reads them. ``base`` is filled in when the adapter is put on its model, and checked when it
