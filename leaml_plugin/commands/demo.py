@@ -149,7 +149,6 @@ def _data(config: DemoConfig, root: RunDirectory) -> tuple[Path, Path]:
 
 
 def _settings(settings: dict[str, Any], files: Path, checkpoint: Path, output: Path) -> AdaptConfig:
-    from leaml_plugin import worlds
     from leaml_plugin.config import build
     from leaml_plugin.pipeline import AdaptConfig
 
@@ -157,7 +156,7 @@ def _settings(settings: dict[str, Any], files: Path, checkpoint: Path, output: P
         "model": str(checkpoint),
         "labeled": str(files / "train.jsonl"),
         "output": str(output),
-        "prompts": str(worlds.prompts_path()),
+        "prompts": str(_prompts()),
         "dtype": "float32",
         **settings,
     }
@@ -170,7 +169,6 @@ def _evaluate(
     root: RunDirectory, name: str, weights: dict[str, Path], kvasir: Path, config: DemoConfig
 ) -> dict[str, Any]:
     """The scores of lmms-eval's task and every question's answer, kept in the demo's directory."""
-    from leaml_plugin import worlds
     from leaml_plugin.lmms.run import evaluate
 
     stage = root.stage(f"lmms-eval-{_slug(name)}")
@@ -183,7 +181,7 @@ def _evaluate(
             limit=config.questions or None,
             batch_size=128,
             dtype="float32",
-            prompts=worlds.prompts_path(),
+            prompts=_prompts(),
             endoscopy_data=kvasir,
             label_fraction=config.label_fraction,
             log_samples=True,
@@ -240,6 +238,13 @@ def _worth(rows: list[dict[str, Any]], config: DemoConfig) -> str:
         f"two million parameters: it shows that every part runs and what they do to each other, not what the method "
         f"gains on real endoscopy; docs/study.md compares the methods over seeds."
     )
+
+
+def _prompts() -> Path:
+    """The short prompts that the embedded checkpoint was pre-trained with."""
+    from leaml_plugin import worlds
+
+    return Path(worlds.__file__).parent / "prompts"
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,6 @@ from leaml_plugin.selection import (
     all_neurons,
     random_selection,
     select,
-    split_layer,
 )
 from leaml_plugin.training import autocast, seed_everything, to_device
 
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts
     from leaml_plugin.models import Loaded
 
-SCORES, SELECTION, HEATMAP = "scores.safetensors", "selection.safetensors", "heatmap.json"
+SCORES, SELECTION = "scores.safetensors", "selection.safetensors"
+HEATMAP, OVERLAP = "heatmap.json", "overlap.json"  # for the report, which reads no tensors
 LOSSES = ("generate", "vqa", "both")
 CHOICES = ("relevance", "random", "all")
 
@@ -98,7 +98,8 @@ def run(
 
     loaded = load()
     linears = target_linears(loaded.model, config.targets or None)
-    scores = score(config, loaded, collator(loaded), prompts, labels, linears)
+    by_criterion = score(config, loaded, collator(loaded), prompts, labels, linears)
+    scores = by_criterion[config.criterion]
     if config.choice == "relevance":
         selection = select(scores, config.density, scope=config.scope)
     elif config.choice == "random":
@@ -107,7 +108,8 @@ def run(
         selection = all_neurons(linears)
     scores.save(stage.file(SCORES))
     selection.save(stage.file(SELECTION))
-    write_json(stage.file(HEATMAP), heatmap(scores, selection))  # for the report, which reads no tensors
+    write_json(stage.file(HEATMAP), {**selection.heatmap(), **scores.heatmap(selection)})
+    write_json(stage.file(OVERLAP), overlap(config, by_criterion))
     stage.finish()
     return selection
 
@@ -119,8 +121,11 @@ def score(
     prompts: Prompts,
     labels: Sequence[QA],
     linears: dict[str, torch.nn.Module],
-) -> NeuronScores:
-    """The relevance of every neuron of ``linears`` for the QA loss over ``labels``; the model is left as it was."""
+) -> dict[str, NeuronScores]:
+    """The relevance of every neuron of ``linears`` for the QA loss over ``labels``, by criterion.
+
+    All criteria come from one pass, the configured one first; the model is left as it was.
+    """
     turns = []
     for qa in labels:
         if config.loss in ("generate", "both"):
@@ -135,9 +140,10 @@ def score(
 
         groups = [[part for part in group if part] for group in ffn_groups(model)]
     model.eval()  # the score is of the model as it answers, without dropout
+    criteria = (config.criterion, *(name for name in CRITERIA if name != config.criterion))
     batches = [turns[i : i + config.batch_size] for i in range(0, len(turns), config.batch_size)]
     with RelevanceScorer(
-        linears, config.criterion, config.granularity, groups=groups, gradients="stream", freeze=model
+        linears, criteria, config.granularity, groups=groups, gradients="stream", freeze=model
     ) as scorer:
         for number, batch in enumerate(track(batches, "relevance", unit="batch")):
             seed_everything(config.seed, "relevance", number)
@@ -145,30 +151,15 @@ def score(
                 loss = model(**to_device(collator(batch), device)).loss
             loss.backward()
             scorer.accumulate()
-        return scorer.scores()
+        return {name: scorer.scores(name) for name in criteria}
 
 
-def heatmap(scores: NeuronScores, selection: Selection) -> dict[str, list]:
-    """Where relevance and selection lie, as ``[layer][kind of module]`` tables of plain numbers or None.
-
-    Beside :meth:`Selection.heatmap`'s ``share`` of selected neurons: ``relevance``, the share of the model's total
-    score that lies in the cell, and ``captured``, the share of the cell's score that its selected neurons hold.
-    """
-    out = selection.heatmap()
-    rows, columns = out["layers"], out["kinds"]
-    total: dict[tuple[str, str], float] = {}
-    held: dict[tuple[str, str], float] = {}
-    for name, values in scores.scores.items():
-        # at FFN granularity one score belongs to the gate, up and down modules of its block
-        for part in scores.groups.get(name, (name,)):
-            cell = split_layer(part)
-            total[cell] = total.get(cell, 0.0) + float(values.sum())
-            index = selection.rows.get(part, selection.columns.get(part))
-            if index is not None:
-                held[cell] = held.get(cell, 0.0) + float(values[index].sum())
-    everything = sum(total.values()) or 1.0
-    out["relevance"] = [[total[y, x] / everything if (y, x) in total else None for x in columns] for y in rows]
-    out["captured"] = [
-        [held.get((y, x), 0.0) / total[y, x] if total.get((y, x)) else None for x in columns] for y in rows
-    ]
-    return out
+def overlap(config: RelevanceConfig, by_criterion: dict[str, NeuronScores]) -> dict[str, Any]:
+    """How much the criteria agree: Jaccard index of their selections at the configured density, and by chance."""
+    selections = {name: select(scores, config.density, scope=config.scope) for name, scores in by_criterion.items()}
+    selections["random"] = random_selection(next(iter(by_criterion.values())), config.density, seed=config.seed)
+    return {
+        "names": list(selections),
+        "jaccard": [[a.jaccard(b) for b in selections.values()] for a in selections.values()],
+        "chance": config.density / (2 - config.density),
+    }

@@ -1,0 +1,74 @@
+"""What ends up in the wheel and the sdist, and that the wheel works outside the checkout."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel without the compiled part (it is tested elsewhere and takes minutes) and an sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    copy = out / "checkout"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    env = {**os.environ, "LEAML_NATIVE": "0"}
+    script = (
+        "from setuptools.build_meta import build_wheel, build_sdist; import sys;"
+        "print(build_sdist(sys.argv[1])); print(build_wheel(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", script, str(out)], cwd=copy, env=env, check=True, capture_output=True)
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_the_wheel_holds_tasks_prompts_and_worlds(built):
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files", "tasks", "leaml_plugin"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in tracked:
+        inside = f"leaml_plugin/{name}" if name.startswith("tasks/") else name
+        assert inside in names, f"{name} is not in the wheel"
+    assert "leaml_plugin/tasks/endoscopy/_default_template_yaml" in names
+    (entry,) = (n for n in names if n.endswith("entry_points.txt"))
+    text = zipfile.ZipFile(built[0]).read(entry).decode()
+    assert "leaml = leaml_plugin.cli:main" in text
+    assert "[lmms_eval.models]" in text
+    (licence,) = (n for n in names if n.endswith("LICENSE"))
+    assert b"Apache License" in zipfile.ZipFile(built[0]).read(licence)
+
+
+def test_the_sdist_holds_all_sources(built):
+    names = {n.split("/", 1)[1] for n in tarfile.open(built[1]).getnames() if "/" in n}
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "tasks", "leaml_plugin"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(tracked) - names == set()
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= names
+
+
+def test_the_wheel_works_outside_the_checkout(built, tmp_path):
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(built[0])], check=True
+    )
+    code = (
+        "import leaml_plugin, sys; from leaml_plugin.lmms import entry;"
+        f"assert leaml_plugin.__file__.startswith({str(target)!r}), leaml_plugin.__file__;"
+        "from pathlib import Path; tasks = Path(entry.tasks_directory());"
+        "assert (tasks / 'endoscopy' / 'leaml_endoscopy.yaml').exists();"
+        "from leaml_plugin.cli import main; sys.exit(main(['doctor']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
