@@ -25,7 +25,7 @@ from leaml_plugin.records import ImageRef
 # Suffixes by which a directory of pictures is read, and the decoders that may run. Pillow knows more; some of those
 # start other programs (EPS) or are rarely exercised parsers.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+_DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 150_000_000
 """A picture with more pixels than this is refused before it is decoded (RGB: 450 MB)."""

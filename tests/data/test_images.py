@@ -1,0 +1,95 @@
+"""Opening pictures: orientation, modes, and one sentence for what is no picture."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from leaml_plugin.data import images
+from leaml_plugin.data.images import check_images, open_image
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.records import QA, ImageRef, Picture
+
+
+def ref(path):
+    return ImageRef(str(path))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tiff" if mode in ("CMYK", "I") else "x.png")
+    Image.new("RGB", (9, 5), (200, 30, 30)).convert("L" if mode.startswith("I") else mode).convert(mode).save(path)
+    picture = open_image(ref(path))
+    assert picture.mode == "RGB" and picture.size == (9, 5)
+
+
+def test_sixteen_bit_grey_keeps_its_contrast(tmp_path):
+    picture = Image.new("I;16", (2, 1))
+    picture.putpixel((0, 0), 0x4000)
+    picture.putpixel((1, 0), 0xC000)
+    picture.save(tmp_path / "x.png")
+    got = open_image(ref(tmp_path / "x.png"))
+    assert [got.getpixel((x, 0))[0] for x in range(2)] == [0x40, 0xC0]
+
+
+def test_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (8, 4), "black")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    assert open_image(ref(tmp_path / "x.jpg")).size == (4, 8)
+
+
+def test_what_is_no_picture_is_one_sentence(tmp_path, pictures):
+    data = pictures[0].read_bytes()
+    jpeg = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(jpeg)
+    cases = {
+        "empty.png": (b"", "is not a picture"),
+        "text.png": (b"hello", "is not a picture"),
+        "half.png": (data[: len(data) // 2], "truncated or damaged"),
+        "half.jpg": (jpeg.read_bytes()[: jpeg.stat().st_size // 2], "truncated or damaged"),
+        "x.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not a picture"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(LeamlError, match=words) as error:
+            open_image(ref(tmp_path / name))
+        assert str(error.value).startswith(str(tmp_path / name))
+    with pytest.raises(LeamlError, match="no such picture"):
+        open_image(ref(tmp_path / "none.png"))
+    with pytest.raises(LeamlError, match="not a regular file"):
+        open_image(ref(tmp_path))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(LeamlError, match="not a regular file"):
+        open_image(ref(tmp_path / "pipe.png"))
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("L", (4, 4)).save(tmp_path / "bomb.png")
+    data = bytearray((tmp_path / "bomb.png").read_bytes())
+    for side in (13_000, 60_000):  # our limit, and Pillow's own
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        (tmp_path / "bomb.png").write_bytes(data)
+        with pytest.raises(LeamlError, match=rf"bomb.png: ({side}x{side} pixels|too many pixels)"):
+            open_image(ref(tmp_path / "bomb.png"))
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+    with pytest.raises(LeamlError, match="4x4 pixels are more than the 10"):
+        open_image(ref(tmp_path / "small.png"))
+
+
+def test_check_images_opens_each_once_and_names_the_record(tmp_path, pictures, monkeypatch):
+    good = [QA(str(i), (ref(pictures[0]), ref(pictures[1])), "q", "a", source=f"x.jsonl line {i}") for i in range(3)]
+    opened = []
+    real = images.open_image
+    monkeypatch.setattr(images, "open_image", lambda r: opened.append(r) or real(r))
+    assert check_images(good, progress=False) == 2 and len(opened) == 2
+    bad = [*good, QA("9", (ref(tmp_path / "no.png"),), "q", "a", source="x.jsonl line 9"), Picture("p", (ref("/no"),))]
+    with pytest.raises(LeamlError, match=r"x.jsonl line 9: .*no.png: no such picture.*\(1 more of 4 pictures"):
+        check_images(bad, progress=False)
