@@ -13,24 +13,27 @@ The worlds share visual primitives (shapes, colours, textures, sizes, positions,
 Public functions (all lazy: importing this module imports neither numpy nor torch)::
 
     render(world, index, seed=0) -> Scene
-        Scene.frames: list of uint8 arrays [96, 96, 3] (one, or three for a clip); Scene.images(): PIL pictures;
-        Scene.qas: list of WorldQA(template, question, answer, level, options, kind); Scene.caption (the noisy generic
-        teacher), Scene.true_caption; Scene.id, Scene.scene_group.
+        Scene.frames: uint8 arrays [96, 96, 3] (one, or three for a clip); Scene.images(): PIL pictures;
+        Scene.qas: WorldQA(template, question, answer, kind, level, options); Scene.caption: the noisy generic teacher;
+        Scene.true_caption; Scene.things; Scene.facts; Scene.id
     export(world, out_dir, pictures=..., seed=0, start=0, schema="plain") -> ExportedWorld
-        "plain"   images/*.png, qa.jsonl {"id","image"|"images","question","answer","template",...}, captions.jsonl
-                  {"image": relative path, "caption": ...}
-        "kvasir"  data/raw-00000-of-00001.parquet with columns image {bytes, path}, source, question, answer, img_id
-                  (one row per picture and question), captions.jsonl with the pictures as files beside it
-        "sportu"  SportU_Video_mc.json (id, question, options, answer, difficulty level), SportU_text.json is not
-                  made; videos/<id>/frame_000.png ..., captions.jsonl {"images": [...], "caption": ...}
+        ExportedWorld: directory, labels (file), captions (file), pictures, questions
+        "plain"   images/*.png; qa.jsonl: id, image or images, question, answer, options where there are any, template;
+                  captions.jsonl: id, image or images, caption
+        "kvasir"  data/raw-00000-of-00001.parquet: image, source, question, answer, img_id, a row per picture and
+                  question; captions.jsonl: image (the img_id), caption
+        "sportu"  SportU_Video_mc.json: id (the clip), question, options, answer, difficulty level;
+                  videos/<clip>/frame_000.png ...; captions.jsonl: image (the clip), caption
     checkpoint_path() -> Path
-        the directory of the shipped tiny Qwen2.5-VL: AutoProcessor and AutoModelForImageTextToText load it offline
-    blind_majority(world, pictures=..., seed=0, start=0) -> dict
-        the oracle image-blind majority: {"overall": float, "templates": {template: float}, "questions": int}
-    general_object_qa(model, processor=None, pictures=..., seed=...) -> dict
-        accuracy of a model on held-out general pictures: {"object": float, "overall": float, "templates": {...}}
-    forgetting(model, ...) -> dict
-        the general world's QA accuracy and caption loss, for before and after
+        the shipped tiny Qwen2.5-VL: AutoProcessor and AutoModelForImageTextToText load the directory offline
+    prompts_path() -> Path
+        a prompt directory (vqa.txt, generate.txt, pair.txt, caption.txt) in the words the checkpoint knows
+    blind_majority(world, pictures=1000, seed=0, start=0) -> dict
+        the oracle image-blind majority: overall, templates {template: accuracy}, questions
+    general_object_qa(model, processor=None, pictures=300) -> dict
+        held-out accuracy on the general world: object, overall, templates, questions
+    forgetting(model, processor=None, pictures=300) -> dict
+        qa (accuracy) and caption_loss (nats a token) on the general world, to take before and after
 
 Prompts that the checkpoint knows (paraphrases were trained too)::
 
@@ -58,6 +61,7 @@ _EXPORTS = {
     "export": "leaml_plugin.worlds.export",
     "ExportedWorld": "leaml_plugin.worlds.export",
     "checkpoint_path": "leaml_plugin.worlds.export",
+    "prompts_path": "leaml_plugin.worlds.export",
     "blind_majority": "leaml_plugin.worlds.blind",
     "general_object_qa": "leaml_plugin.worlds.evaluate",
     "forgetting": "leaml_plugin.worlds.evaluate",
@@ -68,7 +72,7 @@ __all__ = ["WORLDS", *_EXPORTS]
 if TYPE_CHECKING:
     from leaml_plugin.worlds.blind import blind_majority
     from leaml_plugin.worlds.evaluate import forgetting, general_object_qa
-    from leaml_plugin.worlds.export import ExportedWorld, checkpoint_path, export
+    from leaml_plugin.worlds.export import ExportedWorld, checkpoint_path, export, prompts_path
     from leaml_plugin.worlds.scenes import Scene, WorldQA, mc_prompt, render
 
 

@@ -415,7 +415,16 @@ def _choice(rng, things, facts):
     if rng.chance(8):
         wrong = [pseudo_word(rng) for _ in range(4)]
     options, letter = offer(rng, answer, wrong, letters=4 if len(wrong) >= 3 else 3, none_percent=22)
-    return WorldQA("choice", q, letter, "choice", options=options)
+    return _reordered(rng, WorldQA("choice", q, letter, "choice", options=options))
+
+
+def _reordered(rng: Rng, qa: WorldQA) -> WorldQA:
+    """In half of the questions 'None of the above' stands anywhere: evaluations shuffle options."""
+    if rng.chance(50):
+        return qa
+    texts = rng.shuffled(list(qa.options.values()))
+    letters = list(qa.options)
+    return replace(qa, answer=letters[texts.index(qa.answer_text)], options=dict(zip(letters, texts)))
 
 
 
@@ -521,7 +530,7 @@ def _motion_choice(rng, things, facts):
         template, q, answer, _ = made
         domain = next(d for d in (SHAPES, tuple(COLORS), GROUNDS) if answer in d)
     options, letter = offer(rng, answer, [d for d in domain if d != answer], none_percent=22)
-    return WorldQA("choice", q, letter, "choice", options=options)
+    return _reordered(rng, WorldQA("choice", q, letter, "choice", options=options))
 
 
 def phrased(rng: Rng, qa: WorldQA) -> str:
@@ -529,7 +538,7 @@ def phrased(rng: Rng, qa: WorldQA) -> str:
     if qa.options:
         between = " " if rng.chance(25) else "\n"
         text = between.join([qa.question, *(f"{letter}. {option}" for letter, option in qa.options.items())])
-        requests = (LETTER_REQUEST, LETTER_REQUEST, SHORT_REQUEST, "")
+        requests = (LETTER_REQUEST, LETTER_REQUEST, SHORT_REQUEST, f"{LETTER_REQUEST}\n{SHORT_REQUEST}", "")
     else:
         text, requests = qa.question, (SHORT_REQUEST, "", "")
     request = rng.choice(requests)
@@ -538,8 +547,7 @@ def phrased(rng: Rng, qa: WorldQA) -> str:
 
 def written(qa: WorldQA) -> str:
     """The target of a request to write a question with its answer: two lines."""
-    options = [f"{letter}. {option}" for letter, option in qa.options.items()]
-    return f"Question: {' '.join([qa.question, *options])}\nAnswer: {qa.answer}"
+    return f"Question: {' '.join(qa.prompt.split())}\nAnswer: {qa.answer}"
 
 
 def cell_labels(things: tuple[Thing, ...]) -> np.ndarray:

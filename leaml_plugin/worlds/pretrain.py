@@ -305,44 +305,56 @@ def hardware() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m leaml_plugin.worlds.pretrain",
-        description="Pre-train the embedded tiny Qwen2.5-VL on the general world. Kill it and start it again at will.",
-        epilog="examples:\n  python -m leaml_plugin.worlds.pretrain --work runs/pretrain\n"
-        "  python -m leaml_plugin.worlds.pretrain --work runs/pretrain --export-only",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+EXAMPLES = """examples:
+  leaml pretrain --work runs/pretrain                  # begin, or go on where a kill left it
+  leaml pretrain --work runs/pretrain --export-only    # the checkpoint of the state as it is
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="state and log (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: WORK/checkpoint)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; the last bits depend on it")
-    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads; the last bits depend on it (default: 2)")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: 100")
     parser.add_argument("--until", type=int, metavar="STEP", help="stop early, to go on later")
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the state as it is")
     for name, value in asdict(Recipe()).items():
+        kind: dict[str, Any] = {"type": type(value)}
         if isinstance(value, bool):
-            parser.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    args = parser.parse_args(argv)
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=f"of the recipe (default: {value})", **kind)
+
+
+def main(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(args.threads)
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
-    try:
-        if args.export_only:
-            run = Run(recipe, args.work)
-            run.load()
-        else:
-            run = train(recipe, args.work, save_every=args.save_every, until=args.until)
-    except LeamlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if args.export_only:
+        run = Run(recipe, args.work)
+        run.load()
+    else:
+        run = train(recipe, args.work, save_every=args.save_every, until=args.until)
     out = args.out or args.work / "checkpoint"
     write_checkpoint(run, out)
     print(f"{out}: {run.step} steps in {duration(run.seconds)}, sha256 {weights_hash(out)[:16]}")
     return 0
 
 
+def _command() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m leaml_plugin.worlds.pretrain",
+        description="Pre-train the embedded tiny Qwen2.5-VL on the general world. Kill it and start it again at will.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    try:
+        return main(parser.parse_args())
+    except LeamlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(_command())
