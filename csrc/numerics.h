@@ -182,7 +182,7 @@ LEAML_HD uint8_t encode_unsigned(float value, float inverse, uint32_t bits) {
 
 struct Hyper {  // of one call
   double lr, weight_decay;
-  float log_beta1, log_beta2;  // natural logarithms; -inf for a beta of 0
+  double log_beta1, log_beta2;  // natural logarithms; -inf for a beta of 0
   float beta2, rest1, rest2;   // rest = 1 - beta
   float eps;
   float sign;  // -1 maximizes
@@ -197,11 +197,16 @@ struct RowCoefficients {  // of one row at its step
 LEAML_HD RowCoefficients row_coefficients(const Hyper& h, double lr, float step) {
   RowCoefficients c;
   // expm1 keeps 1 - beta^t exact to the last bits where beta^t is next to 1
-  const float correction1 = -expm1f(step * h.log_beta1);
-  const float correction2 = -expm1f(step * h.log_beta2);
+#if defined(__CUDA_ARCH__)
+  const float correction1 = -expm1f(step * float(h.log_beta1));  // doubles are slow there
+  const float correction2 = -expm1f(step * float(h.log_beta2));
+#else
+  const double correction1 = -expm1(double(step) * h.log_beta1);
+  const double correction2 = -expm1(double(step) * h.log_beta2);
+#endif
   c.decay = float(1.0 - lr * h.weight_decay);
   c.step_size = float(lr / double(correction1));
-  c.root2 = sqrtf(correction2);
+  c.root2 = float(sqrt(correction2));
   return c;
 }
 

@@ -233,8 +233,8 @@ inline Hyper hyper_of(double lr, double beta1, double beta2, double eps, double 
   Hyper h{};
   h.lr = lr;
   h.weight_decay = weight_decay;
-  h.log_beta1 = float(std::log(beta1));
-  h.log_beta2 = float(std::log(beta2));
+  h.log_beta1 = std::log(beta1);
+  h.log_beta2 = std::log(beta2);
   h.beta2 = float(beta2);
   h.rest1 = float(1.0 - beta1);
   h.rest2 = float(1.0 - beta2);

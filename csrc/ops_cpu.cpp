@@ -15,15 +15,19 @@ namespace leaml {
 namespace {
 
 constexpr int64_t kItemElements = 1 << 15;  // of a work item: some tens of microseconds
+constexpr int64_t kThreadElements = 1 << 17;
 constexpr int64_t kStrip = 512;             // columns summed at once; three accumulators of it stay in L1
 constexpr int64_t kStripRows = 64;          // rows summed before the partial sums join the total
 
 cpu::Type kernel_type(Dtype dtype) { return static_cast<cpu::Type>(static_cast<int>(dtype)); }
 
 // torch's parallel_for lets no exception through, so work must not throw: arguments are checked before.
+// Waking a thread costs microseconds, more on a busy machine: each gets at least kThreadElements.
 template <class F>
-void for_items(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void for_items(int64_t count, int64_t elements, const F& f) {
+  const int64_t shares = std::max<int64_t>(1, elements / kThreadElements);
+  const int64_t grain = std::max<int64_t>(1, (count + shares - 1) / shares);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
@@ -78,13 +82,15 @@ float finish(const std::vector<Part>& parts, const std::vector<std::vector<Sums>
              const std::vector<int64_t>& criteria, const float* grad_scale, const float* found_inf) {
   const float inverse = grad_scale ? 1.0f / *grad_scale : 1.0f;
   double squared = 0.0;
+  int64_t neurons = 0;
+  for (const Output& o : out) neurons += o.neurons;
   std::vector<std::vector<size_t>> members(out.size());
   for (size_t i = 0; i < parts.size(); ++i) {
     members[size_t(parts[i].slot)].push_back(i);
     for (const Sums& s : sums[i]) squared += s.gg;
   }
   if (!found_inf || *found_inf == 0.0f) {
-    for_items(int64_t(out.size()), [&](int64_t j) {
+    for_items(int64_t(out.size()), neurons, [&](int64_t j) {
       const std::vector<size_t>& own = members[size_t(j)];
       if (own.empty()) return;
       const Output& o = out[size_t(j)];
@@ -117,14 +123,16 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
   const float* skip = scalar_of(found_inf, "found_inf", false, -1);
   std::vector<std::vector<Sums>> sums(parts.size());
   std::vector<Item> items;
+  int64_t elements = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
     const int64_t neurons = parts[i].neurons();
+    elements += neurons * parts[i].width();
     sums[i].resize(size_t(neurons));
     const int64_t chunk =
         parts[i].dim == 1 ? kStrip : std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, parts[i].width()));
     for (int64_t b = 0; b < neurons; b += chunk) items.push_back({i, b, std::min(neurons, b + chunk)});
   }
-  for_items(int64_t(items.size()), [&](int64_t index) {
+  for_items(int64_t(items.size()), elements, [&](int64_t index) {
     const Item& item = items[size_t(index)];
     const Part& p = parts[item.part];
     if (p.dim == 1) return column_sums(p.w, p.g, item.begin, item.end - item.begin, &sums[item.part][size_t(item.begin)]);
@@ -248,11 +256,13 @@ void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_a
                             clip_coef, grad_scale, found_inf);
   if (call.skip) return;
   std::vector<Item> items;
+  int64_t elements = 0;
   for (size_t i = 0; i < updates.size(); ++i) {
     const int64_t chunk = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, updates[i].width));
+    elements += updates[i].k * updates[i].width;
     for (int64_t b = 0; b < updates[i].k; b += chunk) items.push_back({i, b, std::min(updates[i].k, b + chunk)});
   }
-  for_items(int64_t(items.size()), [&](int64_t index) {
+  for_items(int64_t(items.size()), elements, [&](int64_t index) {
     const Item& item = items[size_t(index)];
     for (int64_t j = item.begin; j < item.end; ++j) step_row(updates[item.part], item.part, j, call);
   });
@@ -276,16 +286,18 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
   std::vector<Part> parts;
   std::vector<std::vector<Sums>> sums(updates.size());
   std::vector<Item> items;
+  int64_t elements = 0;
   for (size_t i = 0; i < updates.size(); ++i) {
     const Update& u = updates[i];
     STD_TORCH_CHECK(u.w.rows == outputs[i].neurons, "out ", i, ": wanted ", u.w.rows, " neurons, got ",
                     outputs[i].neurons);
     parts.push_back({u.w, u.g, 0, int(i)});
     sums[i].resize(size_t(u.w.rows));
+    elements += u.w.rows * u.width;
     const int64_t chunk = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, u.width));
     for (int64_t b = 0; b < u.w.rows; b += chunk) items.push_back({i, b, std::min(u.w.rows, b + chunk)});
   }
-  for_items(int64_t(items.size()), [&](int64_t index) {
+  for_items(int64_t(items.size()), elements, [&](int64_t index) {
     const Item& item = items[size_t(index)];
     const Update& u = updates[item.part];
     int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
@@ -334,7 +346,7 @@ Tensor select_top_cpu(Tensors scores, std::vector<int64_t> groups, std::vector<i
   std::vector<std::vector<size_t>> members(counts.size());
   for (size_t i = 0; i < scores.size(); ++i) members[size_t(groups[i])].push_back(i);
   keys.resize(size_t(total));
-  for_items(int64_t(scores.size()), [&](int64_t i) {
+  for_items(int64_t(scores.size()), total, [&](int64_t i) {
     const float* s = static_cast<const float*>(scores[size_t(i)].data_ptr());
     uint32_t* k = keys.data() + starts[size_t(i)];
     for (int64_t j = 0; j < scores[size_t(i)].numel(); ++j) k[j] = order_key(s[j]);

@@ -28,6 +28,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as the processor's own instruction is; ``torch.sqrt`` may miss the last bit."""
+    return x.to(torch.float64).sqrt().to(x.dtype)
+
+
 # --- relevance -------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +187,7 @@ def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     inverse = torch.where(spread >= tiny, 1.0 / spread, torch.zeros_like(spread))
     x = torch.nan_to_num(magnitude * inverse, nan=0.0, posinf=0.0).clamp_max(1.0)
     top = 127.0 if signed else 255.0
-    low = torch.floor(torch.sqrt(torch.sqrt(x)) * top).clamp_max(top - 1.0)
+    low = torch.floor(_sqrt(_sqrt(x)) * top).clamp_max(top - 1.0)
     a, b = low * (1.0 / top), (low + 1.0) * (1.0 / top)
     below, above = (a * a) * (a * a), (b * b) * (b * b)
     uniform = (bits >> 8).to(torch.float32) * 2.0**-24
@@ -256,7 +261,7 @@ def sparse_adamw_(
         w = w * decay
         m = m + (g - m) * (1.0 - beta1)
         v = v * beta2 + (g * g) * (1.0 - beta2)
-        w = w - step_size * (m / (v.sqrt() / root2 + eps))
+        w = w - step_size * (m / (_sqrt(v) / root2 + eps))
 
         new_w = w.to(torch.float32)
         key = row_key(seed, i, index, step)
