@@ -74,6 +74,7 @@ def run(
         return result
     loaded = load()
     model = loaded.model
+    stored = model.dtype
     adamw = dict(
         lr=config.train.lr,
         betas=config.train.betas,
@@ -93,6 +94,8 @@ def run(
     else:
         if config.mode == "lora":
             model = _lora(model, config)
+        else:
+            model.float()  # AdamW on bf16 weights loses most small updates; stored as it was loaded
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(parameters.values(), fused=True, **adamw)
 
@@ -111,14 +114,14 @@ def run(
         from leaml_plugin.tuner import save_adapter
 
         handle.detach()
-        save_adapter(handle, selection, loaded, stage.file(ADAPTER))
+        save_adapter(handle, stage.file(ADAPTER), base_model_name_or_path=loaded.path)
     elif config.mode == "lora":
         model.save_pretrained(stage.file(ADAPTER))
         _sort_adapter_config(stage.file(ADAPTER))
     else:
         from leaml_plugin.models import save
 
-        save(model, loaded.processor, stage.file(MODEL))
+        save(model.to(stored), loaded.processor, stage.file(MODEL))
     stage.finish()
     return result
 

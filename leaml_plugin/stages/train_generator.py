@@ -72,6 +72,7 @@ def run(
         return result
     loaded = load()
     model = loaded.model
+    stored = model.dtype
     qa_turns = [prompts.generate_target(qa) for qa in labels]
     caption_turns = [turn for turn in map(prompts.caption, pictures) if turn.target]
     qa = Objective("qa", [Stream("labels", qa_turns, config.train.batch_size)], config.qa_weight)
@@ -97,6 +98,7 @@ def run(
             captions = Stream("captions", caption_turns, count)
             objectives = [Objective("caption", [captions], config.caption_weight), qa]
     else:
+        model.float()  # AdamW on bf16 weights loses most small updates; stored as it was loaded
         parameters = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(
             parameters.values(),
@@ -129,11 +131,11 @@ def run(
         from leaml_plugin.tuner import save_adapter
 
         handle.detach()
-        save_adapter(handle, selection, loaded, stage.file(ADAPTER))
+        save_adapter(handle, stage.file(ADAPTER), base_model_name_or_path=loaded.path)
     else:
         from leaml_plugin.models import save
 
-        save(model, loaded.processor, stage.file(MODEL))
+        save(model.to(stored), loaded.processor, stage.file(MODEL))
     stage.finish()
     return result
 
