@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from leaml_plugin.errors import unknown_name
-from leaml_plugin.ops import _library, reference  # noqa: F401 (_library defines torch.ops.leaml)
+from leaml_plugin.ops import _library, reference
 from leaml_plugin.ops._loader import build_info, native, use_backend
 
 __all__ = [

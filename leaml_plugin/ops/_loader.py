@@ -49,7 +49,7 @@ def _load(kind: str) -> str | None:
                 torch.ops.load_library(str(path))
                 _outcome[kind] = None
             except (OSError, RuntimeError) as error:  # missing symbol or library; ABI newer than this torch
-                _outcome[kind] = f"{path.name} did not load: {error}"
+                _outcome[kind] = f"{path.name} did not load: {error.__cause__ or error}"
     return _outcome[kind]
 
 

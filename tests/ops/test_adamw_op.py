@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from kernel_cases import DTYPES, dtypes, layouts, make_problem, random_rows, shapes
+
 from leaml_plugin import ops
 from leaml_plugin.ops import reference
 
@@ -223,7 +223,9 @@ def test_small_updates_survive_in_half_precision(dtype):
 
     def moved(**options):
         master = options.pop("master", False)
-        problem = make_problem([(8, 512)], dtype, torch.float32, density=1.0, master=master, weight_decay=0.0, **options)
+        problem = make_problem(
+            [(8, 512)], dtype, torch.float32, density=1.0, master=master, weight_decay=0.0, **options
+        )
         problem.params[0].fill_(1.0)
         if master:
             problem.states[0]["master"].fill_(1.0)
@@ -253,7 +255,9 @@ def test_eight_bit_states_follow_a_decaying_second_moment():
     problem.grads = [torch.zeros(16, 1024)]
     for _ in range(3000):
         problem.step("native")
-    torch.testing.assert_close(second_moment().sum(1) / start, torch.full((16,), 0.999**3000).double(), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        second_moment().sum(1) / start, torch.full((16,), 0.999**3000).double(), rtol=0.1, atol=0
+    )
 
 
 def test_eight_bit_training_ends_where_fp32_states_end():
@@ -350,5 +354,3 @@ def test_bad_arguments_are_named():
     failing("eps: wanted >= 0", options={"eps": -1.0})
     failing("grad_scale: wanted one element", options={"grad_scale": torch.ones(2)})
     failing("grads: wanted one for each of the 1 params, got 0", grads=[])
-
-

@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DTYPES, dtypes, layouts, random_matrix, shapes
 
 from leaml_plugin import LeamlError, ops
 from leaml_plugin.ops import reference
-
-from kernel_cases import DTYPES, dtypes, layouts, random_matrix, shapes
 
 ALL = list(ops.CRITERIA)
 pytestmark = pytest.mark.usefixtures("native")
@@ -136,7 +135,10 @@ def test_a_bias_is_one_input_wide():
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_grad_scale_and_found_inf(backend):
-    w, g = random_matrix((6, 33), torch.float32, "contiguous", 0), random_matrix((6, 33), torch.float32, "contiguous", 1)
+    w, g = (
+        random_matrix((6, 33), torch.float32, "contiguous", 0),
+        random_matrix((6, 33), torch.float32, "contiguous", 1),
+    )
     plain, scaled, skipped = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, 6)
     with ops.use_backend(backend):
         norm = ops.neuron_relevance_([w], [g], [plain], criteria=ALL)

@@ -71,7 +71,9 @@ def test_long_vectors_take_the_histogram_path(size):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted))
 
 
-@pytest.mark.parametrize(("density", "neurons", "count"), [(0, 9, 0), (1, 9, 9), (0.1, 4, 1), (0.1, 25, 3), (0.5, 0, 0)])
+@pytest.mark.parametrize(
+    ("density", "neurons", "count"), [(0, 9, 0), (1, 9, 9), (0.1, 4, 1), (0.1, 25, 3), (0.5, 0, 0)]
+)
 def test_counts(density, neurons, count):
     assert ops.selected_count(density, neurons) == count
 

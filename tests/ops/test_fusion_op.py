@@ -1,0 +1,121 @@
+"""The fusion is its two parts, and the selective weight gradient is the rows of the whole one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import dtypes, layouts, make_problem, random_rows, shapes
+
+from leaml_plugin import ops
+
+pytestmark = pytest.mark.usefixtures("native")
+
+ALL = list(ops.CRITERIA)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape_list=st.lists(shapes, min_size=1, max_size=3),
+    dtype=dtypes,
+    layout=layouts,
+    density=st.sampled_from((0.0, 0.1, 1.0)),
+    eight_bit=st.booleans(),
+    stochastic=st.booleans(),
+    backend=st.sampled_from(("native", "reference")),
+)
+def test_the_fusion_equals_relevance_then_step(shape_list, dtype, layout, density, eight_bit, stochastic, backend):
+    fused = make_problem(
+        shape_list, dtype, None, layout, density, eight_bit=eight_bit, stochastic_rounding=stochastic,
+        grad_scale=torch.tensor(2.0),
+    )  # fmt: skip
+    parts = fused.copy()
+    fused_out = [torch.ones(4, s[0]) for s in shape_list]
+    parts_out = [torch.ones(4, s[0]) for s in shape_list]
+    with ops.use_backend(backend):
+        lists, options = fused.arguments()
+        fused_norm = ops.relevance_sparse_adamw_(*lists, fused_out, criteria=ALL, **options)
+        norm = ops.neuron_relevance_(parts.params, parts.grads, parts_out, criteria=ALL, grad_scale=torch.tensor(2.0))
+        parts.step(backend)
+    for got, wanted in zip([*fused.tensors(), *fused_out, fused_norm], [*parts.tensors(), *parts_out, norm]):
+        # a transposed weight is summed column by column in a pass of its own, row by row in the fusion
+        if layout == "transposed" and got.dtype == torch.float32:
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(got, wanted)
+
+
+def test_found_inf_stops_both_parts():
+    problem = make_problem([(8, 40)], found_inf=torch.tensor(1.0))
+    before, out = problem.copy(), [torch.zeros(8)]
+    lists, options = problem.arguments()
+    ops.relevance_sparse_adamw_(*lists, out, **options)
+    assert out[0].count_nonzero() == 0
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
+
+
+def test_reselecting_the_same_rows_is_a_numerical_no_op():
+    """Every fifth step the scores pick the rows anew; where they pick the same, training goes on bit for bit."""
+    steady, moving = make_problem([(50, 64)], density=0.2), make_problem([(50, 64)], density=0.2)
+    scores = torch.zeros(50)
+    scores[moving.rows[0]] = 1e9
+    generator = torch.Generator().manual_seed(3)
+    for number in range(20):
+        grad = torch.randn(50, 64, generator=generator)
+        steady.grads, moving.grads = [grad], [grad]
+        steady.step("native")
+        lists, options = moving.arguments()
+        ops.relevance_sparse_adamw_(*lists, [scores], **options)
+        if number % 5 == 4:
+            (rows,) = ops.select_top([scores], 0.2)
+            names = ["step", "exp_avg", "exp_avg_sq"]
+            moved = ops.remap_rows(moving.rows[0], rows, [moving.states[0][n] for n in names], [0.0] * 3)
+            moving.rows, moving.states = [rows], [dict(zip(names, moved))]
+    assert torch.equal(steady.params[0], moving.params[0])
+
+
+def test_a_compact_gradient_cannot_give_relevance():
+    problem = make_problem([(8, 40)], compact=True)
+    lists, options = problem.arguments()
+    with pytest.raises(ValueError, match=r"gradient 0: wanted \[8, 40\], got \[2, 40\]"):
+        ops.relevance_sparse_adamw_(*lists, [torch.zeros(8)], **options)
+
+
+def test_the_squared_norm_clips_as_clip_grad_norm_does():
+    params = [torch.randn(30, 40), torch.randn(17)]
+    grads = [torch.randn(30, 40), torch.randn(17)]
+    sqnorm = ops.neuron_relevance_(params, grads, [torch.zeros(30), torch.zeros(17)])
+    for param, grad in zip(params, grads):
+        param.grad = grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.5)
+    torch.testing.assert_close(sqnorm.sqrt(), norm)
+    torch.testing.assert_close(grads[0] * ops.clip_coefficient(sqnorm, 1.5), params[0].grad)
+    assert ops.clip_coefficient(sqnorm, 1e9).item() == 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.sampled_from(((), (1,), (3, 5), (0,), (2, 3, 4))),
+    sizes=st.tuples(st.sampled_from((1, 8, 33)), st.sampled_from((1, 16, 31))),
+    density=st.sampled_from((0.0, 0.3, 1.0)),
+    dtype=dtypes,
+)
+def test_the_weight_gradient_of_the_selected_rows(tokens, sizes, density, dtype):
+    width, neurons = sizes
+    x, grad = torch.randn(*tokens, width).to(dtype), torch.randn(*tokens, neurons).to(dtype)
+    rows = random_rows(neurons, ops.selected_count(density, neurons), 0)
+    whole = grad.double().reshape(-1, neurons).t() @ x.double().reshape(-1, width)
+    got = ops.selected_weight_grad(x, grad, rows)
+    assert got.shape == (rows.numel(), width) and got.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(got.double(), whole[rows], rtol=tolerance, atol=tolerance)
+
+
+def test_the_weight_gradient_is_differentiable_and_compiles():
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([1, 4])
+    assert torch.autograd.gradcheck(lambda a, b: ops.selected_weight_grad(a, b, rows), (x, grad))
+    compiled = torch.compile(ops.selected_weight_grad, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, grad, rows), ops.selected_weight_grad(x, grad, rows))
