@@ -282,9 +282,9 @@ class RelevanceScorer:
     While the scorer is open the weights in ``linears`` require gradients; with ``freeze=model`` every other parameter
     of that model does not, which saves the memory of their gradients. :meth:`close` (or ``with``) restores both.
 
-    At FFN granularity ``groups`` lists (gate, up, down) module names (gate None in a block without one) and the sums run
-    over the unit's gate row, up row and down column together. (Up row and down column have the same sum of ``w*g``,
-    both being the unit's activation times its gradient.)
+    At FFN granularity ``groups`` lists (gate, up, down) module names (gate None in a block without one) and the sums
+    run over the unit's gate row, up row and down column together. (Up row and down column have the same sum of
+    ``w*g``, both being the unit's activation times its gradient.)
 
     NaN or infinite gradients make the neuron's score NaN or infinite; :func:`select` refuses such scores.
 

@@ -10,9 +10,35 @@ from __future__ import annotations
 
 from leaml_plugin.tuner import register as _register
 from leaml_plugin.tuner.config import LeamlConfig
+from leaml_plugin.tuner.convert import (
+    apply_delta,
+    delta_between,
+    diff,
+    export_lora,
+    hotswap,
+    load_delta,
+    max_logit_difference,
+    merge,
+    probe,
+    save_adapter,
+)
 from leaml_plugin.tuner.layer import LeamlLayer
 from leaml_plugin.tuner.model import LeamlModel
 
 _register.register()
 
-__all__ = ["LeamlConfig", "LeamlLayer", "LeamlModel"]
+__all__ = [
+    "LeamlConfig",
+    "LeamlLayer",
+    "LeamlModel",
+    "apply_delta",
+    "delta_between",
+    "diff",
+    "export_lora",
+    "hotswap",
+    "load_delta",
+    "max_logit_difference",
+    "merge",
+    "probe",
+    "save_adapter",
+]
