@@ -66,8 +66,7 @@ def test_adapt_from_jpegs_and_a_jsonl(name, project, tiny_models, capsys):
     test = ["--evaluation", str(project / "test.jsonl")]
     assert cli.main(arguments(project, model, "run", *test)) == 0
     out = capsys.readouterr().out
-    assert "pseudo-QA:" in out
-    assert "blind_majority" in out
+    assert "image-blind majority" in out
     run = project / "run"
     first = tree(run)
     assert {"config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(first)
