@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class Collator:
         max_length: the most tokens a turn may have, pictures and target included. Nothing is ever truncated: a longer
             turn is an error that names it.
         cache_bytes: keep up to so many bytes of processed pictures in memory, the least recently used leave first.
-            0 turns it off. A hit skips decoding and resizing.
+            0 turns it off. A known picture is neither decoded nor resized again; a known prompt about it is not even
+            tokenized again.
 
     Raises:
         LeamlError: the processor has no chat template, or its template drops pictures.
@@ -251,13 +252,20 @@ class Collator:
         return self._tokenize(self._lead + target)
 
     def _prompt(self, turn: Turn) -> Features:
+        if self._pictures is not None:
+            known = self._pictures.recall(turn)
+            if known is not None:
+                return known
         text = self._render(self._plain(turn.prompt), len(turn.images), ask=True)
         try:
             pictures = self._open(turn.images)
         except LeamlError as error:
             raise LeamlError(f"{turn.where}: {error}" if turn.source else str(error)) from error
         sequence, media = self._split(self._process(text, pictures, turn.where))
-        return Features(turn, sequence, media, len(sequence["input_ids"]))
+        features = Features(turn, sequence, media, len(sequence["input_ids"]))
+        if self._pictures is not None:
+            self._pictures.remember(features)
+        return features
 
     def _open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:
         if self._pictures is None:
@@ -328,17 +336,28 @@ class Collator:
         return self._row_keys
 
 
+@dataclass
+class _Cached:
+    """What is known of one tuple of pictures: their sizes, what the image processor made, the prompts about them."""
+
+    sizes: list[tuple[int, int]]
+    result: Any
+    nbytes: int
+    prompts: dict[str, Features] = field(default_factory=dict)
+
+
 class _PictureCache:
     """Stands in for the processor's image processor and remembers what it made of each tuple of pictures.
 
-    On a hit the processor gets blank pictures of the original sizes, which it only counts and measures, and then the
-    remembered tensors. Everything but the call is the wrapped image processor's.
+    A prompt that was seen with its pictures needs no processor at all. For a new prompt about known pictures the
+    processor gets blank pictures of the original sizes, which it only counts and measures, and then the remembered
+    tensors. Everything but the call is the wrapped image processor's.
     """
 
     def __init__(self, inner: Any, limit: int):
-        self._inner, self._limit, self._bytes = inner, limit, 0
+        self._inner, self._limit, self.nbytes = inner, limit, 0
         self._key: tuple[ImageRef, ...] | None = None
-        self._entries: OrderedDict[tuple[ImageRef, ...], tuple[list[tuple[int, int]], Any, int]] = OrderedDict()
+        self._entries: OrderedDict[tuple[ImageRef, ...], _Cached] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -346,25 +365,44 @@ class _PictureCache:
     def open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:
         """The pictures for the next call: the real ones, or blanks where the result is known."""
         self._key = images or None
-        if self._key in self._entries:
-            return [Image.new("RGB", size) for size in self._entries[images][0]]
+        if images in self._entries:
+            return [Image.new("RGB", size) for size in self._entries[images].sizes]
         return [open_image(ref) for ref in images]
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         key, self._key = self._key, None
         if key in self._entries:
             self._entries.move_to_end(key)
-            return _shallow(self._entries[key][1])
+            return _shallow(self._entries[key].result)
         result = self._inner(images, *args, **kwargs)
         if key is not None:
-            size = sum(v.nbytes for v in result.values() if isinstance(v, Tensor))
-            if size <= self._limit:
-                sizes = [p.size for p in _flat(images)]
-                self._entries[key] = (sizes, _shallow(result), size)
-                self._bytes += size
-                while self._bytes > self._limit:
-                    self._bytes -= self._entries.popitem(last=False)[1][2]
+            nbytes = sum(v.nbytes for v in result.values() if isinstance(v, Tensor))
+            if nbytes <= self._limit:
+                self._entries[key] = _Cached([p.size for p in _flat(images)], _shallow(result), nbytes)
+                self._grow(nbytes)
         return result
+
+    def recall(self, turn: Turn) -> Features | None:
+        entry = self._entries.get(turn.images)
+        known = entry.prompts.get(turn.prompt) if entry is not None else None
+        if known is None:
+            return None
+        self._entries.move_to_end(turn.images)
+        return replace(known, turn=turn)
+
+    def remember(self, features: Features) -> None:
+        entry = self._entries.get(features.turn.images)
+        if entry is not None:
+            # the picture tensors are those of the entry; only the tokens are new
+            nbytes = sum(v.nbytes for v in features.sequence.values())
+            entry.prompts[features.turn.prompt] = features
+            entry.nbytes += nbytes
+            self._grow(nbytes)
+
+    def _grow(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        while self.nbytes > self._limit:
+            self.nbytes -= self._entries.popitem(last=False)[1].nbytes
 
 
 def _shallow(feature: Any) -> Any:

@@ -141,7 +141,11 @@ def test_the_cache_changes_nothing_and_keeps_to_its_limit(loaded, collator, turn
     sizes = [sum(v.nbytes for v in collator.features(t).media.values()) for t in turns[:2]]
     small = Collator(loaded.processor, cache_bytes=max(sizes))
     small(turns[:2])
-    assert 0 < small._pictures._bytes <= max(sizes)
+    assert 0 <= small._pictures.nbytes <= max(sizes)
+    middle = Collator(loaded.processor, cache_bytes=2 * sum(sizes))
+    middle(turns[:2] * 2)
+    entries = list(middle._pictures._entries.values())
+    assert sum(e.nbytes for e in entries) == middle._pictures.nbytes >= sum(sizes) and len(entries) == 2
     assert type(loaded.processor.image_processor).__name__ != "_PictureCache"  # the caller's processor is untouched
 
 
