@@ -61,9 +61,12 @@ def write_comparison(
     if reference is not None and reference not in methods:
         raise LeamlError(f"{path}: the reference {reference!r} is none of the methods ({', '.join(methods)}).")
     facts = {method: Facts(run) for method, run in runs.items()}
-    if answers is None:
-        answers = {m: {p.id: p.prediction for p in f.predictions} for m, f in facts.items() if f.predictions}
     questions = list(questions) or next((list(f.questions.values()) for f in facts.values() if f.questions), [])
+    if answers is None:
+        # an answer counts for the same question only: two files may use one id for different questions
+        asked = {(qa.id, qa.question, qa.answer) for qa in questions}
+        own = {m: [p for p in f.predictions if (p.id, p.question, p.answer) in asked] for m, f in facts.items()}
+        answers = {m: {p.id: p.prediction for p in said} for m, said in own.items() if said}
     context = {
         "title": title,
         "files": "",

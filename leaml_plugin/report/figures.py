@@ -10,6 +10,7 @@ phone. Every text is escaped here: the results are :class:`markupsafe.Markup`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,15 +62,18 @@ def thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[f
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred running mean over a twelfth of the line; the window shrinks at the ends."""
+    """A centred running mean over a twelfth of the line.
+
+    The window shrinks at the start, where a loss falls fast, and loses its right half at the end.
+    """
     half = len(points) // 24
     total = [0.0]
     for _, y in points:
         total.append(total[-1] + y)
     out = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        a, b = i - reach, i + reach + 1
+        reach = min(half, i)
+        a, b = i - reach, min(i + reach + 1, len(points))
         out.append((x, (total[b] - total[a]) / (b - a)))
     return out
 
@@ -95,7 +99,7 @@ def lines(series: Sequence[Series], *, title: str, x_label: str = "step", y_labe
     bottom = max(min(raw), low * 0.8) if logarithmic else min(0.0, min(raw))
     if top <= bottom:
         top = bottom + 1.0
-    height, left, right, above, below = 216, 44, 62, 12, 36
+    height, left, right, above, below = 220, 40, 64, 26, 34
     x0, x1 = min(s.points[0][0] for s in clean), max(s.points[-1][0] for s in clean)
     to = math.log10 if logarithmic else float
 
@@ -120,7 +124,7 @@ def lines(series: Sequence[Series], *, title: str, x_label: str = "step", y_labe
         out.append(f'<text x="{px(x):.1f}" y="{base + 16}" text-anchor="middle">{x:.0f}</text>')
     out.append(f'<text class="label" x="{WIDTH - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>')
     axis = f"{y_label} (logarithmic)" if logarithmic and y_label else y_label
-    out.append(f'<text class="label" x="{left}" y="{height - 4}">{escape(axis)}</text>')
+    out.append(f'<text class="label" x="0" y="11">{escape(axis)}</text>')
     for i, s in enumerate(clean):
         out.append(f'<path class="raw s{i}" d="{path(s.points)}"/>')
     ends = _apart([py(m[-1][1]) for m in means], 13, above + 4, base)
@@ -134,11 +138,11 @@ def _apart(positions: list[float], gap: float, low: float, high: float) -> list[
     """Positions moved as little as needed to be ``gap`` apart."""
     out = list(positions)
     order = sorted(range(len(out)), key=lambda i: out[i])
-    for a, b in zip(order, order[1:]):
+    for a, b in itertools.pairwise(order):
         out[b] = max(out[b], out[a] + gap)
     if order and out[order[-1]] > high:
         out[order[-1]] = high
-        for a, b in zip(order[::-1], order[-2::-1]):
+        for a, b in itertools.pairwise(order[::-1]):
             out[b] = min(out[b], out[a] - gap)
     return [max(y, low) for y in out]
 

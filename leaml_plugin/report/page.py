@@ -152,7 +152,7 @@ def losses(facts: Facts) -> list[dict[str, Any]]:
             for first, last in [(_mean(s.points[: _tenth(s.points)]), _mean(s.points[-_tenth(s.points) :]))]
         ]
         chart = figures.lines(series, title=f"Loss of the {name} by step", y_label="nats per token")
-        norm = [figures.Series("norm", _points(steps, "grad_norm"))]
+        norm = [figures.Series("", _points(steps, "grad_norm"))]
         out.append(
             {
                 "stage": stage,

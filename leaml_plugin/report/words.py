@@ -97,7 +97,7 @@ def interval(e: Estimate, *, signed: bool = False) -> str:
     """``39.8 to 46.9``, or nothing where there is no interval."""
     if not has_interval(e):
         return ""
-    form = points if signed else lambda v: f"{100 * v:.1f}"
+    form = points if signed else lambda v: f"{100 * v:.1f}".replace("-", "−")
     return f"{form(e.low)} to {form(e.high)}"
 
 

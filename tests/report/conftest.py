@@ -68,17 +68,16 @@ class MakeRun:
         stages=("inputs", "relevance", "train_generator", "generate", "filter", "finetune", "evaluate"),
         skill: float = 0.5,
     ) -> RunDirectory:
-        rng = random.Random(name)
+        world, rng = random.Random("world"), random.Random(name)  # one world, other pseudo-labels in every run
         files = [paint(self.root / "images" / f"img_{i:04d}.png", i) for i in range(min(distinct, pictures))]
 
         def ref(i: int) -> tuple[ImageRef, ...]:
             return (ImageRef(str(files[i % len(files)])),)
 
         def ask(id_: str, images) -> QA:
-            question = rng.choice(list(QUESTIONS))
-            return QA(
-                id_, images, question, rng.choices(QUESTIONS[question], [4, 2, 1, 1][: len(QUESTIONS[question])])[0]
-            )
+            question = world.choice(list(QUESTIONS))
+            answers = QUESTIONS[question]
+            return QA(id_, images, question, world.choices(answers, [4, 2, 1, 1][: len(answers)])[0])
 
         config = {
             "model": str(self.root / "models" / "tiny-qwen"),

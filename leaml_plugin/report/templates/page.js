@@ -176,7 +176,6 @@
       const pair = this.root.querySelector(".pair-template").content.firstElementChild;
       card.querySelector(".id").textContent = id;
       card.querySelector(".caption").textContent = caption;
-      card.querySelector(".missing").textContent = "";
       if (frames > 1) {
         const span = document.createElement("span");
         span.className = "frames";
