@@ -38,7 +38,14 @@ def main(args: argparse.Namespace) -> int:
     from leaml_plugin import ops
 
     print("extension")
-    for name, value in ops.build_info().items():
+    info = ops.build_info()
+    for device in ("cpu", "cuda"):
+        part = info.pop(device)
+        state = "compiled kernels" if part["loaded"] else f"eager reference kernels: {part['cause']}"
+        print(f"  {device:<13} {state}")
+    for name, value in info.items():
+        if isinstance(value, dict):
+            value = ", ".join(k if v is True else f"{k} {v}" for k, v in value.items() if v not in (False, None))
         print(f"  {name:<13} {value}")
     print("devices")
     print(f"  cpu           {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
