@@ -1,0 +1,107 @@
+"""What the two-rank tests run on each rank: a plain PyTorch loop under DDP, and the Trainer. Also run with one rank.
+
+As a program: ``torchrun --nproc_per_node=2 ddp_job.py <json>`` with ``{"jobs": [{"kind": ..., ...}, ...]}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_llama import TARGETS, load
+from torch.nn.parallel import DistributedDataParallel
+
+from leaml_plugin import RelevanceScorer, SparseAdamW, attach, select
+from leaml_plugin.selection import linears
+
+STEPS, GLOBAL_BATCH = 6, 4
+
+
+def samples(n: int) -> torch.Tensor:
+    return torch.randint(1, 64, (n, 10), generator=torch.Generator().manual_seed(7))
+
+
+def plain_loop(base: str, out: str, rank: int = 0, world: int = 1, die_at: int | None = None) -> None:
+    """Score, select, attach, six steps of a global batch of 4; a checkpoint after step 3; resumes where one lies."""
+    directory = Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    model = load(base)
+    data = samples(STEPS * GLOBAL_BATCH)
+    with RelevanceScorer(linears(model, TARGETS), "taylor", freeze=model) as scorer:
+        for micro in data[:16].split(2)[rank::world]:
+            model(input_ids=micro, labels=micro).loss.backward()
+            scorer.accumulate()
+    scores = scorer.scores()
+    assert scores.micro_batches == 8
+    selection = select(scores, 0.1)
+    handle = attach(model, selection)
+    optimizer = SparseAdamW(handle.param_groups(), lr=0.01, eps=1e-4, max_grad_norm=1.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
+    run = DistributedDataParallel(model) if world > 1 else model
+    start, checkpoint = 0, directory / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        start = state["step"]
+    for step in range(start, STEPS):
+        if step == die_at:
+            if world > 1:
+                dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+        mine = data[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH].chunk(world)[rank]
+        run(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step == 2 and rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state | {"scheduler": scheduler.state_dict()}, directory / "part")
+            os.replace(directory / "part", checkpoint)
+    handle.detach()
+    if rank == 0:
+        selection.save(directory / "selection.safetensors")
+        torch.save(model.state_dict(), directory / "final.pt")
+
+
+def trainer(base: str, out: str, rank: int = 0, world: int = 1, resume: str | None = None) -> None:
+    """The same through transformers' Trainer: scores over the ranks, DDP, checkpoints."""
+    from transformers import TrainingArguments
+
+    from leaml_plugin.tuner.trainer import SelectiveTrainer
+
+    args = TrainingArguments(
+        out,
+        max_steps=STEPS,
+        save_steps=3,
+        per_device_train_batch_size=GLOBAL_BATCH // world,
+        per_device_eval_batch_size=2,
+        learning_rate=0.01,
+        adam_epsilon=1e-4,
+        report_to="none",
+        use_cpu=True,
+        ddp_backend="gloo" if world > 1 else None,
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in samples(STEPS * GLOBAL_BATCH)]
+    job = SelectiveTrainer(load(base), args, train_dataset=data, targets=TARGETS, density=0.1)
+    job.train(resume_from_checkpoint=resume)
+    job.handle.detach()
+    if job.is_world_process_zero():
+        torch.save(job.model.state_dict(), Path(out) / "final.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for job in json.loads(sys.argv[1])["jobs"]:
+        function = {"plain_loop": plain_loop, "trainer": trainer}[job.pop("kind")]
+        function(**job, rank=dist.get_rank(), world=dist.get_world_size())
+        dist.barrier()
+    dist.destroy_process_group()
