@@ -234,7 +234,7 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> Prepared | None:
         paths = {name: out / f"{name}.jsonl" for name in _PARTS}
         if record.get("complete") and all(path.is_file() for path in paths.values()):
             # lines that have been filled in meanwhile
-            filled = sum(bool(json.loads(line)["caption"]) for line in paths["captions"].read_text().splitlines())
+            filled = sum(bool(caption) for _, caption in _caption_lines(paths["captions"]))
             return Prepared(counts={**record["counts"], "captions": filled}, **paths)
     elif out.is_dir() and any(out.iterdir()):
         raise LeamlError(f"{out}: is not empty and was not written by 'leaml data'; choose another --output.")
@@ -260,11 +260,8 @@ def _beside(data: str | None, source: tuple[str, dict[str, Any]]) -> Path | None
     return next((d / "captions.jsonl" for d in directories if (d / "captions.jsonl").is_file()), None)
 
 
-def _read_captions(path: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Captions by the names that a picture may go by: its file's stem, its directory's name for frames, its id."""
-    if path is None:
-        return {}
-    found: dict[str, str] = {}
+def _caption_lines(path: str | os.PathLike[str]) -> Iterator[tuple[list[str], str]]:
+    """The names that each line's picture may go by (file stem, frame directory, id), and its caption."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -274,14 +271,22 @@ def _read_captions(path: str | os.PathLike[str] | None) -> dict[str, str]:
             continue
         try:
             entry = json.loads(line)
-            caption = entry["caption"]
-            names = [entry[key] for key in ("id", "img_id") if key in entry]
-            files = [entry["image"]] if "image" in entry else entry.get("images", [])
-            names += [Path(file).stem for file in files] + [Path(file).parent.name for file in files]
+            caption = str(entry["caption"]).strip()
+            names = [str(entry[key]) for key in ("id", "img_id") if key in entry]
+            files = [Path(file) for file in ([entry["image"]] if "image" in entry else entry.get("images", []))]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise LeamlError(f"{path} line {number}: wanted an object with image and caption ({error!r}).") from error
-        for name in filter(None, names):
-            found.setdefault(str(name), str(caption).strip())
+        names += [file.stem for file in files] + [file.parent.name for file in files]
+        yield [name for name in names if name], caption
+
+
+def _read_captions(path: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Captions by every name that a picture may go by; empty ones are left out."""
+    found: dict[str, str] = {}
+    for names, caption in _caption_lines(path) if path is not None else ():
+        if caption:
+            for name in names:
+                found.setdefault(name, caption)
     return found
 
 
@@ -343,7 +348,6 @@ class _Writer:
         # captions filled in by hand stay
         own = self.out / "captions.jsonl"
         captions = {**_read_captions(own if own.is_file() else None), **captions}
-        captions = {name: caption for name, caption in captions.items() if caption}
         taught = []
         for line in unlabelled:
             files = [line["image"]] if "image" in line else line["images"]
@@ -373,7 +377,7 @@ class _Writer:
 def _file_name(name: str) -> str:
     """A file name for a picture's id, which comes from the data and may be anything."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:100]
-    if plain == name:
+    if plain and plain == name:
         return plain
     return f"{plain or 'picture'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -69,6 +69,7 @@ def evaluate(
     sports_data: str | os.PathLike[str] | None = None,
     label_fraction: float | None = None,
     log_samples: bool = False,
+    gen_kwargs: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on lmms-eval tasks, ours or any other that is scored by generation.
@@ -82,6 +83,7 @@ def evaluate(
         endoscopy_data, sports_data: local data (``$LEAML_ENDOSCOPY_DATA``, ``$LEAML_SPORTS_DATA``).
         label_fraction: share of the training pictures that the image-blind baseline learns from (0.01).
         log_samples: keep every question, answer and score.
+        gen_kwargs: generation options that replace the tasks' own (``max_new_tokens``, ``temperature``, ...).
         model_args: further arguments of :class:`leaml_plugin.lmms.model.Leaml`.
 
     Returns:
@@ -103,21 +105,22 @@ def evaluate(
     _need_lmms_eval()
     with _environment(settings), _plain_errors():
         import lmms_eval.evaluator as evaluator
-        from lmms_eval.tasks import TaskManager
 
         from leaml_plugin.lmms.model import Leaml
 
-        entry.add_tasks()  # another plugin may have kept lmms-eval from calling our entry point
-        manager = TaskManager("WARNING", model_name="leaml")
-        for name in names:
-            if name not in manager.all_tasks:
-                raise unknown_name("task", name, manager.all_tasks)
+        manager = _task_manager(names)
         # lmms-eval passes over --limit 0 as over None; it would score everything
         if limit is not None and limit <= 0:
-            raise LeamlError(f"limit must be a positive number of questions or a share below 1, got {limit}.")
+            raise LeamlError(f"limit must be positive: a number of questions, or a share below 1; got {limit}.")
         lm = Leaml(model, adapter=adapter, dtype=dtype, device=device, batch_size=batch_size, **(model_args or {}))
         raw = evaluator.simple_evaluate(
-            model=lm, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0
+            model=lm,
+            tasks=names,
+            limit=limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            gen_kwargs=",".join(f"{name}={value}" for name, value in (gen_kwargs or {}).items()) or None,
         )
     if raw is None:  # not the first of several processes
         return {}
@@ -128,6 +131,7 @@ def evaluate(
         "limit": limit,
         "batch_size": batch_size,
         "dtype": dtype,
+        "gen_kwargs": dict(gen_kwargs or {}),
         **{name: str(value) for name, value in settings.items() if value is not None},
     }
     if output is not None:
@@ -142,6 +146,24 @@ def _names(tasks: Sequence[str] | str) -> list[str]:
     if not names:
         raise LeamlError("no task was named; 'leaml tasks' lists those of this package.")
     return names
+
+
+def _task_manager(names: Sequence[str]) -> Any:
+    """A fresh task manager (it counts what it loads) that knows ``names``.
+
+    Indexing lmms-eval's thousand tasks takes seconds, so it is left out where all names are ours.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    own = TaskManager("WARNING", entry.tasks_directory(), include_defaults=False, model_name="leaml")
+    if all(name in own.all_tasks for name in names):
+        return own
+    entry.add_tasks()  # another plugin's failure may have kept lmms-eval from calling our entry point
+    manager = TaskManager("WARNING", model_name="leaml")
+    for name in names:
+        if name not in manager.all_tasks:
+            raise unknown_name("task", name, manager.all_tasks)
+    return manager
 
 
 def _need_lmms_eval() -> None:
