@@ -3,7 +3,8 @@
 Covers: any ``AutoProcessor`` that has a chat template, several pictures a turn, text-only turns beside turns with
 pictures, and pictures of different sizes in one batch, whether the processor returns flattened patches, stacks or
 padded tiles. Each turn is encoded alone and the results are merged, so a turn's tensors never depend on its neighbours.
-Does not cover: several exchanges in one sample, audio.
+Does not cover: several exchanges in one sample, audio. Models that look at pictures by cross-attention (Mllama) change
+their logits in a batch of unequal numbers of pictures, with transformers' own collation as with this one.
 
 Training and generation agree exactly. In both the prompt ids come from the processor with
 ``add_generation_prompt=True``; in training the target's ids follow, up to and including the template's end-of-turn
