@@ -68,7 +68,8 @@ def scene(index: int, seed: int) -> Scene:
         metal = t in tools
         raster.draw(
             canvas, t.shape, t.center, RADIUS[t.size], rgb, t.texture,
-            turn=turn, shading=20 if metal else 45, gloss=not metal and t.texture == "plain", outline=35 if metal else 0,
+            turn=turn, shading=20 if metal else 45, outline=35 if metal else 0,
+            gloss=not metal and t.texture == "plain",
         )  # fmt: skip
     for _ in range(rng.between(0, 3)):  # reflections of the lamp
         raster.draw(canvas, "circle", (rng.between(160, 600), rng.between(160, 600)), 10, (255, 255, 250), alpha=80)
@@ -119,10 +120,13 @@ def questions(findings: list[Thing], marks: list[Thing], tools: list[Thing], fac
     instruments = [n for s, n in INSTRUMENTS.items() if s in {t.shape for t in tools}]
     removed = "not relevant" if not polyps else _yes(all(t.color == DYE for t in polyps))
     biggest = max(polyps, key=lambda t: SIZES.index(t.size)) if polyps else None
+    present, colors = "in the image? Check all that are present.", "If more than one separate with ;"
+    size = POLYP_SIZES[biggest.size] if biggest else "none"
+    kind = POLYP_TYPES[biggest.texture] if biggest else "none"
     out = [
-        WorldQA("abnormalities", "Are there any abnormalities in the image? Check all that are present.", join(names), "set"),
-        WorldQA("landmarks", "Are there any anatomical landmarks in the image? Check all that are present.", join(landmarks), "set"),
-        WorldQA("instruments", "Are there any instruments in the image? Check all that are present.", join(instruments), "set"),
+        WorldQA("abnormalities", f"Are there any abnormalities {present}", join(names), "set"),
+        WorldQA("landmarks", f"Are there any anatomical landmarks {present}", join(landmarks), "set"),
+        WorldQA("instruments", f"Are there any instruments {present}", join(instruments), "set"),
         WorldQA("removed", "Have all polyps been removed?", removed, "yesno"),
         WorldQA("findings", "How many findings are present?", str(len(findings)), "count"),
         WorldQA("polyps", "How many polyps are in the image?", str(len(polyps)), "count"),
@@ -134,11 +138,11 @@ def questions(findings: list[Thing], marks: list[Thing], tools: list[Thing], fac
         WorldQA("where-abnormality", "Where in the image is the abnormality?", _where(findings), "set"),
         WorldQA("where-landmark", "Where in the image is the anatomical landmark?", _where(marks), "set"),
         WorldQA("where-instrument", "Where in the image is the instrument?", _where(tools), "set"),
-        WorldQA("abnormality-color", "What color is the abnormality? If more than one separate with ;", _hues(findings), "set"),
-        WorldQA("landmark-color", "What color is the anatomical landmark? If more than one separate with ;", _hues(marks), "set"),
-        WorldQA("polyp-size", "What is the size of the polyp?", POLYP_SIZES[biggest.size] if biggest else "none", "word"),
-        WorldQA("polyp-type", "What type of polyp is present?", POLYP_TYPES[biggest.texture] if biggest else "none", "word"),
-    ]  # fmt: skip
+        WorldQA("abnormality-color", f"What color is the abnormality? {colors}", _hues(findings), "set"),
+        WorldQA("landmark-color", f"What color is the anatomical landmark? {colors}", _hues(marks), "set"),
+        WorldQA("polyp-size", "What is the size of the polyp?", size, "word"),
+        WorldQA("polyp-type", "What type of polyp is present?", kind, "word"),
+    ]
     if findings:
         largest = max(SIZES.index(t.size) for t in findings)
         out.append(WorldQA("easy", "Is this finding easy to detect?", _yes(largest >= 2), "yesno"))

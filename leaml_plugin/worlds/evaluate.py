@@ -13,7 +13,9 @@ HELD_OUT_SEED = 9001  # pre-training draws its scenes under other keys; these pi
 OBJECT_TEMPLATES = ("color", "color-at", "what", "where", "exists", "count", "size", "texture")
 
 
-def accuracy(model: Any, encoder: Any, scenes: list[Any], *, batch: int = 25, limit: int | None = None) -> dict[str, Any]:
+def accuracy(
+    model: Any, encoder: Any, scenes: list[Any], *, batch: int = 25, limit: int | None = None
+) -> dict[str, Any]:
     """Exact-match accuracy over the scenes' questions: ``{"overall", "templates": {...}, "questions", "correct"}``.
 
     ``correct`` lists True or False per question in order. A ``set`` answer counts in its canonical order only.
@@ -54,11 +56,17 @@ def general_accuracy(model: Any, encoder: Any, *, pictures: int, seed: int = HEL
     asked = [qa.template for s in scenes for qa in s.qas]
     chosen = [m for m, t in zip(marks, asked, strict=True) if t in OBJECT_TEMPLATES]
     model.train()
-    return {"object": round(sum(chosen) / max(len(chosen), 1), 4), "overall": round(out["overall"], 4),
-            "templates": {k: round(v, 3) for k, v in out["templates"].items()}, "questions": out["questions"]}  # fmt: skip
+    return {
+        "object": round(sum(chosen) / max(len(chosen), 1), 4),
+        "overall": round(out["overall"], 4),
+        "templates": {k: round(v, 3) for k, v in out["templates"].items()},
+        "questions": out["questions"],
+    }
 
 
-def general_object_qa(model: Any, processor: Any = None, *, pictures: int = 300, seed: int = HELD_OUT_SEED) -> dict[str, Any]:
+def general_object_qa(
+    model: Any, processor: Any = None, *, pictures: int = 300, seed: int = HELD_OUT_SEED
+) -> dict[str, Any]:
     """Held-out general accuracy of a model loaded from the checkpoint (or adapted from it).
 
     ``processor`` defaults to the shipped one. Returns ``object``, ``overall``, ``templates`` and ``questions``.
@@ -66,7 +74,9 @@ def general_object_qa(model: Any, processor: Any = None, *, pictures: int = 300,
     return general_accuracy(model, _encoder(processor), pictures=pictures, seed=seed)
 
 
-def forgetting(model: Any, processor: Any = None, *, pictures: int = 300, seed: int = HELD_OUT_SEED) -> dict[str, float]:
+def forgetting(
+    model: Any, processor: Any = None, *, pictures: int = 300, seed: int = HELD_OUT_SEED
+) -> dict[str, float]:
     """The two figures to take before and after an adaptation: ``qa`` (accuracy) and ``caption_loss`` (nats a token)."""
     import torch
 

@@ -43,7 +43,7 @@ def checkpoint_path() -> Path:
 
 
 def prompts_path() -> Path:
-    """A directory of prompt texts (``vqa.txt``, ``generate.txt``, ...) in the words the checkpoint was pre-trained on."""
+    """A directory of prompt texts (``vqa.txt``, ``generate.txt``, ...) in the words that the checkpoint knows."""
     return Path(__file__).parent / "prompts"
 
 
@@ -91,7 +91,9 @@ def _plain(scenes: Any, out: Path) -> ExportedWorld:
     images.mkdir()
     labels, captions = [], []
     for scene in scenes:
-        names = [f"{scene.id}.png"] if len(scene.frames) == 1 else [f"{scene.id}_{i}.png" for i in range(len(scene.frames))]
+        names = (
+            [f"{scene.id}.png"] if len(scene.frames) == 1 else [f"{scene.id}_{i}.png" for i in range(len(scene.frames))]
+        )
         for name, frame in zip(names, scene.frames):
             (images / name).write_bytes(png(frame))
         paths = [f"images/{name}" for name in names]
@@ -112,7 +114,9 @@ def _kvasir(scenes: Any, out: Path) -> ExportedWorld:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise LeamlError("the schema 'kvasir' is parquet and needs pyarrow; pip install 'leaml_plugin[eval]'.") from error
+        raise LeamlError(
+            "the schema 'kvasir' is parquet and needs pyarrow; pip install 'leaml_plugin[eval]'."
+        ) from error
     columns: dict[str, list] = {"image": [], "source": [], "question": [], "answer": [], "img_id": []}
     captions = []
     for scene in scenes:
@@ -124,7 +128,8 @@ def _kvasir(scenes: Any, out: Path) -> ExportedWorld:
         captions.append({"image": scene.id, "caption": scene.caption})
     features = {k: {"_type": "Image"} if k == "image" else {"dtype": "string", "_type": "Value"} for k in columns}
     schema = pa.schema(
-        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))] + [(k, pa.string()) for k in list(columns)[1:]],
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
+        + [(k, pa.string()) for k in list(columns)[1:]],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
     (out / "data").mkdir()

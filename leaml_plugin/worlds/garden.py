@@ -8,7 +8,7 @@ from __future__ import annotations
 from leaml_plugin.worlds import raster
 from leaml_plugin.worlds.balance import choose
 from leaml_plugin.worlds.general import place
-from leaml_plugin.worlds.raster import COLORS, RADIUS, SIZES, UNIT
+from leaml_plugin.worlds.raster import COLORS, RADIUS, SIZES
 from leaml_plugin.worlds.rng import Rng
 from leaml_plugin.worlds.scenes import POSITIONS, Scene, Thing, WorldQA, join, teacher
 

@@ -46,7 +46,9 @@ def scene(index: int, seed: int) -> Scene:
     return compose(rng, index, seed, clip=rng.below(3) == 0, questions=10)
 
 
-def compose(rng: Rng, index: int, seed: int, *, clip: bool, questions: int, objects: tuple[int, ...] | None = None) -> Scene:
+def compose(
+    rng: Rng, index: int, seed: int, *, clip: bool, questions: int, objects: tuple[int, ...] | None = None
+) -> Scene:
     """Build one scene from a random source. ``objects`` are the weights of 0, 1, 2, ... objects."""
     ground_color = rng.choice(list(COLORS))
     ground_rgb = raster.mix(COLORS[ground_color], rng.choice(((255, 255, 255), (0, 0, 0))), rng.below(30))
@@ -102,8 +104,8 @@ def compose(rng: Rng, index: int, seed: int, *, clip: bool, questions: int, obje
     facts = {"ground_color": ground_color, "pattern": pattern, "motion": motion, "clip": clip}
     qas = ask(rng, things, facts, questions)
     return Scene(
-        "general", seed, index, tuple(frames), tuple(tuple(f) for f in frames_things), tuple(qas), true_caption, caption,
-        facts,
+        "general", seed, index, tuple(frames), tuple(tuple(f) for f in frames_things), tuple(qas), true_caption,
+        caption, facts,
     )  # fmt: skip
 
 
@@ -167,7 +169,9 @@ def _exists(rng, things, facts):
         q = q.replace("{}s", plural(shape)).replace("{}", shape)
     elif style == 1:
         color = t.color if t else rng.choice([c for c in COLORS if c not in {x.color for x in things}])
-        q = rng.choice(("Is there anything {}?", "Is there a {} object?", "Does the image contain anything {}?")).format(color)
+        q = rng.choice(
+            ("Is there anything {}?", "Is there a {} object?", "Does the image contain anything {}?")
+        ).format(color)
     else:
         if t:
             color, shape = t.color, t.shape
@@ -193,9 +197,14 @@ def _pick(rng, things):
 
 
 def _color(rng, things, facts):
-    t, words = _pick(rng, things)
+    t, _ = _pick(rng, things)
     if t and rng.chance(60):
-        return "color", rng.choice(("What color is the {}?", "Which color does the {} have?")).format(t.shape), t.color, "word"
+        return (
+            "color",
+            rng.choice(("What color is the {}?", "Which color does the {} have?")).format(t.shape),
+            t.color,
+            "word",
+        )
     if not things:
         return None
     t = rng.choice(things)
@@ -208,7 +217,12 @@ def _color_unique(rng, things, facts):
     if not unique:
         return None
     t = rng.choice(unique)
-    return "color", rng.choice(("What color is the {}?", "Which color does the {} have?")).format(t.shape), t.color, "word"
+    return (
+        "color",
+        rng.choice(("What color is the {}?", "Which color does the {} have?")).format(t.shape),
+        t.color,
+        "word",
+    )
 
 
 def _color_at(rng, things, facts):
@@ -235,7 +249,9 @@ def _what_color(rng, things, facts):
     if not unique:
         return None
     t = rng.choice(unique)
-    q = rng.choice(("What shape is the {} object?", "What is the {} thing?", "What type of object is {}?")).format(t.color)
+    q = rng.choice(("What shape is the {} object?", "What is the {} thing?", "What type of object is {}?")).format(
+        t.color
+    )
     return "what", q, t.shape, "word"
 
 
@@ -253,7 +269,9 @@ def _where_all(rng, things, facts):
         shape = t.shape
     else:
         shape = rng.choice(SHAPES)
-    q = rng.choice(("Where are the {}? List all.", "Where in the image are {}?", "Where are {}? If more than one separate with ;"))
+    q = rng.choice(
+        ("Where are the {}? List all.", "Where in the image are {}?", "Where are {}? If more than one separate with ;")
+    )
     cells = sorted({t.cell for t in things if t.shape == shape})
     return "where-all", q.format(plural(shape)), join([POSITIONS[c] for c in cells]), "set"
 
@@ -261,7 +279,9 @@ def _where_all(rng, things, facts):
 def _count(rng, things, facts):
     style = rng.below(4)
     if style == 0:
-        q = rng.choice(("How many objects are there?", "How many objects are in the image?", "How many things are present?"))
+        q = rng.choice(
+            ("How many objects are there?", "How many objects are in the image?", "How many things are present?")
+        )
         return "count", q, str(len(things)), "count"
     t = rng.choice(things) if things and rng.chance(80) else None
     if style == 1:
@@ -301,13 +321,17 @@ def _colors(rng, things, facts):
     if shape:
         q = rng.choice(("What color are the {}? If more than one separate with ;", "What colors do the {} have?"))
         return "colors", q.format(plural(shape)), answer, "set"
-    q = rng.choice(("What colors are the objects? If more than one separate with ;", "Which colors are there? List all."))
+    q = rng.choice(
+        ("What colors are the objects? If more than one separate with ;", "Which colors are there? List all.")
+    )
     return "colors", q, answer, "set"
 
 
 def _shapes(rng, things, facts):
     if rng.chance(50):
-        q = rng.choice(("Which shapes are there? Check all that are present.", "What objects are in the image? List all."))
+        q = rng.choice(
+            ("Which shapes are there? Check all that are present.", "What objects are in the image? List all.")
+        )
         return "shapes", q, join([s for s in SHAPES if s in {t.shape for t in things}]), "set"
     color = rng.choice(things).color if things and rng.chance(85) else rng.choice(list(COLORS))
     q = rng.choice(("Are there any {} objects in the image? Check all that are present.", "What {} shapes are there?"))
@@ -319,7 +343,9 @@ def _ground(rng, things, facts):
     if rng.chance(60):
         q = rng.choice(("What color is the background?", "What is the background color?"))
         return "ground-color", q, facts["ground_color"], "word"
-    q = rng.choice(("What is the background like?", "What type of background is it?", "What pattern has the background?"))
+    q = rng.choice(
+        ("What is the background like?", "What type of background is it?", "What pattern has the background?")
+    )
     return "ground", q, facts["pattern"], "word"
 
 
@@ -347,7 +373,12 @@ def _compare(rng, things, facts):
         return None
     truth = SIZES.index(a.size) > SIZES.index(b.size)
     said_bigger = rng.chance(50)
-    return "compare", f"Is the {na} {'bigger' if said_bigger else 'smaller'} than the {nb}?", _yes(truth == said_bigger), "yesno"
+    return (
+        "compare",
+        f"Is the {na} {'bigger' if said_bigger else 'smaller'} than the {nb}?",
+        _yes(truth == said_bigger),
+        "yesno",
+    )
 
 
 def _either(rng, things, facts):
@@ -386,7 +417,12 @@ def _mover(rng, things, facts):
     actor = things[0]
     if rng.chance(50):
         return "mover", rng.choice(("What object moves or changes?", "What changes in the video?")), actor.shape, "word"
-    return "mover", rng.choice(("What color is the object that moves or changes?", "What color is the moving object?")), actor.color, "word"
+    return (
+        "mover",
+        rng.choice(("What color is the object that moves or changes?", "What color is the moving object?")),
+        actor.color,
+        "word",
+    )
 
 
 _DOMAIN = {
@@ -397,7 +433,19 @@ _DOMAIN = {
 
 
 def _choice(rng, things, facts):
-    makers = (_color_unique, _color_at, _what, _what_color, _where, _count, _size, _texture, _ground, _exists, _relation)
+    makers = (
+        _color_unique,
+        _color_at,
+        _what,
+        _what_color,
+        _where,
+        _count,
+        _size,
+        _texture,
+        _ground,
+        _exists,
+        _relation,
+    )
     if facts["motion"]:
         makers = (*makers, _motion, _motion, _motion, _mover, _mover)
     made = rng.choice(makers)(rng, things, facts)
@@ -427,11 +475,12 @@ def _reordered(rng: Rng, qa: WorldQA) -> WorldQA:
     return replace(qa, answer=letters[texts.index(qa.answer_text)], options=dict(zip(letters, texts)))
 
 
-
 def pseudo_word(rng: Rng) -> str:
     """A word that means nothing, from consonants and vowels: it spells with every short piece of the tokenizer."""
-    onsets = ("b", "br", "c", "ch", "cl", "d", "dr", "f", "g", "gl", "h", "j", "k", "l", "m", "n", "p", "ph", "pl", "qu",
-              "r", "s", "sc", "sh", "sn", "st", "t", "th", "tr", "v", "w", "y", "z", "")  # fmt: skip
+    onsets = (
+        "b", "br", "c", "ch", "cl", "d", "dr", "f", "g", "gl", "h", "j", "k", "l", "m", "n", "p", "ph", "pl", "qu",
+        "r", "s", "sc", "sh", "sn", "st", "t", "th", "tr", "v", "w", "y", "z", "",
+    )  # fmt: skip
     vowels = ("a", "e", "i", "o", "u", "ae", "ea", "oe", "y", "ou")
     codas = ("", "", "n", "r", "s", "t", "l", "m", "x", "ck", "nd", "ng", "rs", "d", "c", "p", "b")
     return "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(rng.between(1, 4)))
@@ -439,7 +488,7 @@ def pseudo_word(rng: Rng) -> str:
 
 def _naming(rng, things, facts):
     """In-context names: 'Call red dax ...'. Trains copying of words never seen before."""
-    t, words = _pick(rng, things)
+    t, _ = _pick(rng, things)
     if not t:
         return None
     unique_shape = sum(x.shape == t.shape for x in things) == 1
@@ -480,7 +529,7 @@ EVERYDAY = tuple(
     them then there these they thing think this those thought three through time to today together told too took top town
     toward travel tree true try turn two type under until up upon us use usually very voice wait walk want war was watch
     water way we week well went were west what wheel when where which while white who whole why wide will wind winter
-    with without wonder wood word work world would write year yes yet you young your relevant removed detect""".split()
+    with without wonder wood word work world would write year yes yet you young your relevant removed detect""".split()  # noqa: SIM905, E501
 )
 
 _MAKERS = (
@@ -489,7 +538,9 @@ _MAKERS = (
     (_either, 5), (_choice, 16), (_naming, 3), (_repeat, 3),
 )  # fmt: skip
 _CLIP_MAKERS = (*_MAKERS, (_motion, 30), (_mover, 14), (_choice, 16))
-_STILL_TRUE = {"exists", "color", "naming", "repeat", "ground", "ground-color", "shapes", "colors", "what", "either"}
+# in a clip the actor's place and size change: these are not asked, and those of the other things only
+_UNSTEADY = (_count, _where_all, _what, _relation, _compare, _naming, _either, _texture)
+_OF_THE_OTHERS = (_where, _color_at, _size)
 
 
 def ask(rng: Rng, things: list[Thing], facts: dict, count: int) -> list[WorldQA]:
@@ -502,10 +553,10 @@ def ask(rng: Rng, things: list[Thing], facts: dict, count: int) -> list[WorldQA]
         maker = rng.weighted([m for m, _ in makers], [w for _, w in makers])
         subject = things
         if facts["motion"] in (*MOTIONS, *CHANGES[1:]):
-            if maker in (_where, _where_all, _color_at, _what, _relation, _compare, _size, _count, _naming, _either, _texture):
-                subject = things[1:]  # the actor's place and size change
-                if maker in (_count, _where_all, _what, _relation, _compare, _naming, _either, _texture):
-                    continue
+            if maker in _UNSTEADY:
+                continue
+            if maker in _OF_THE_OTHERS:
+                subject = things[1:]
                 if any(t.shape == things[0].shape for t in subject):
                     continue
         if maker is _choice and facts["motion"]:
@@ -521,13 +572,13 @@ def ask(rng: Rng, things: list[Thing], facts: dict, count: int) -> list[WorldQA]
 
 def _motion_choice(rng, things, facts):
     if facts["motion"] == "stays" or rng.chance(75):
-        template, q, answer, _ = _motion(rng, things, facts)
+        _, q, answer, _ = _motion(rng, things, facts)
         domain = MOTIONS if answer in MOTIONS else _DOMAIN["motion"]
     else:
         made = rng.choice((_mover, _color_unique, _ground, _what_color))(rng, things, facts)
         if made is None:
             return None
-        template, q, answer, _ = made
+        _, q, answer, _ = made
         domain = next(d for d in (SHAPES, tuple(COLORS), GROUNDS) if answer in d)
     options, letter = offer(rng, answer, [d for d in domain if d != answer], none_percent=22)
     return _reordered(rng, WorldQA("choice", q, letter, "choice", options=options))

@@ -113,7 +113,9 @@ class Batch:
         return Batch(**values)
 
 
-def pack(encoder: Encoder, rows: list[tuple[Any, list[tuple[str, str]]]], *, pixels: torch.Tensor | None = None) -> Batch:
+def pack(
+    encoder: Encoder, rows: list[tuple[Any, list[tuple[str, str]]]], *, pixels: torch.Tensor | None = None
+) -> Batch:
     """Rows of ``(frames, [(prompt, target), ...])``. ``pixels`` overrides the patches of all frames."""
     layouts, at, targets, block, rows_of = [], [], [], [], []
     for row, (frames, turns) in enumerate(rows):
@@ -148,7 +150,8 @@ def pack(encoder: Encoder, rows: list[tuple[Any, list[tuple[str, str]]]], *, pix
         pixels = patches([frame for frames, _ in rows for frame in frames])
     return Batch(
         pixels, torch.from_numpy(all_ids), torch.from_numpy(positions), mask[:, None],
-        torch.tensor([r * length + c for r, c in at]), torch.tensor(targets), torch.tensor(block), len(rows_of), rows_of,
+        torch.tensor([r * length + c for r, c in at]), torch.tensor(targets), torch.tensor(block), len(rows_of),
+        rows_of,
     )  # fmt: skip
 
 

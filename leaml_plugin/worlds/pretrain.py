@@ -8,7 +8,8 @@ Covers two phases from random weights, both on the general world only:
    with the cell objective kept at a falling weight.
 
 Every step's data is a function of the seed and the step; the state is written every ``--save-every`` steps, so the
-command may be killed at any moment and given again. Learning rates warm up, stay, and fall over the last quarter.
+command may be killed at any moment and given again. Learning rates warm up, stay, and fall over the last third of
+each phase.
 Does not cover the gate (``gate``) nor anything about the out-of-distribution worlds.
 """
 
@@ -40,10 +41,12 @@ class Recipe:
     vision_layers: int = 3
     vision_steps: int = 1500
     vision_batch: int = 64
-    joint_steps: int = 6000
-    batch: int = 24
+    joint_steps: int = 4000
+    batch: int = 12
     questions: int = 8
     lr: float = 1.5e-3
+    vision_lr: float = 0.25  # of the language side's rate in the second phase: text gradients must not undo the first
+    cell_weight: float = 1.0  # of the cell objective in the second phase; falls to a fifth
     weight_decay: float = 0.02
     bf16: bool = True
 
@@ -98,7 +101,9 @@ def vision_scenes(recipe: Recipe, step: int) -> list[Any]:
     from leaml_plugin.worlds.rng import Rng
 
     return [
-        compose(Rng("pretrain-vision", recipe.seed, step, i), i, 0, clip=False, questions=0, objects=(1, 2, 3, 4, 5, 4, 3))
+        compose(
+            Rng("pretrain-vision", recipe.seed, step, i), i, 0, clip=False, questions=0, objects=(1, 2, 3, 4, 5, 4, 3)
+        )
         for i in range(recipe.vision_batch)
     ]
 
@@ -125,7 +130,7 @@ def joint_scenes(recipe: Recipe, step: int) -> list[tuple[Any, list[tuple[str, s
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / 100)
-    rest = max(0.02, (steps - step) / (0.25 * steps))
+    rest = max(0.02, (steps - step) / (0.3 * steps))
     return recipe.lr * min(warm, rest, 1.0)
 
 
@@ -152,9 +157,12 @@ class Run:
         self.heads = CellHeads(recipe.width)
         self.named = dict(self.model.named_parameters())
         self.named |= {f"heads.{n}": p for n, p in self.heads.module.named_parameters()}
-        decay = [p for p in self.named.values() if p.ndim > 1]
-        plain = [p for p in self.named.values() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = []
+        for sees in (True, False):
+            own = [p for n, p in self.named.items() if n.startswith(("model.visual.", "heads.")) == sees]
+            for wide in (True, False):
+                chosen = [p for p in own if (p.ndim > 1) == wide]
+                groups.append({"params": chosen, "weight_decay": recipe.weight_decay if wide else 0.0, "sees": sees})
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
         self.step = 0
         self.seconds = 0.0
@@ -203,18 +211,20 @@ class Run:
         save_file(tensors, fresh, metadata=meta)
         os.replace(fresh, self.path)
 
-    def update(self, loss: Any, lr: float) -> None:
+    def update(self, loss: Any, lr: float, vision_lr: float) -> None:
         import torch
 
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = vision_lr if group["sees"] else lr
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.named.values() if p.grad is not None], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def train(recipe: Recipe, work: Path, *, save_every: int = 100, evaluate_every: int = 500, until: int | None = None) -> Run:
+def train(
+    recipe: Recipe, work: Path, *, save_every: int = 100, evaluate_every: int = 500, until: int | None = None
+) -> Run:
     """Train to the recipe's end (or to step ``until``), from the state in ``work`` where there is one."""
     import torch
 
@@ -243,7 +253,8 @@ def train(recipe: Recipe, work: Path, *, save_every: int = 100, evaluate_every: 
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 features = encode(run.model.model.visual, patches([f for s in scenes for f in s.frames]))
             loss, accuracy = run.heads.loss(features.float(), cells, ground)
-            run.update(loss, learning_rate(recipe, step, recipe.vision_steps * 4 // 3))
+            rate = learning_rate(recipe, step, recipe.vision_steps)
+            run.update(loss, rate, rate)
             note(cells=loss.item(), **dict(zip(("shape", "color", "size", "texture"), accuracy)))
         else:
             at = step - recipe.vision_steps
@@ -254,8 +265,9 @@ def train(recipe: Recipe, work: Path, *, save_every: int = 100, evaluate_every: 
                 scores, features = logits(run.model, batch)
             answer = question_loss(scores, batch)
             cell, accuracy = run.heads.loss(features.float(), cells, ground)
-            weight = max(0.05, 0.3 * (1 - 2 * at / recipe.joint_steps))
-            run.update(answer + weight * cell, learning_rate(recipe, at, recipe.joint_steps))
+            weight = recipe.cell_weight * max(0.2, 1 - at / recipe.joint_steps)
+            rate = learning_rate(recipe, at, recipe.joint_steps)
+            run.update(answer + weight * cell, rate, rate * recipe.vision_lr)
             note(answer=answer.item(), cells=cell.item(), **dict(zip(("shape", "color", "size", "texture"), accuracy)))
         run.step += 1
         text = " ".join(f"{k} {v:.3f}" for k, v in smooth.items())
@@ -322,10 +334,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"type": type(value)}
         if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=f"of the recipe (default: {value})", **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=value, help=f"of the recipe (default: {value})", **kind
+        )
 
 
 def main(args: argparse.Namespace) -> int:
+    # threads that wait for each other must sleep: on a shared machine spinning costs ten times the work itself
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     torch.set_num_threads(args.threads)

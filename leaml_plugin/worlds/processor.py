@@ -63,7 +63,10 @@ def build_tokenizer() -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -89,7 +92,13 @@ def build_processor(tokenizer: Any = None) -> Qwen2_5_VLProcessor:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    common = {"patch_size": PATCH, "temporal_patch_size": 1, "merge_size": MERGE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    common = {
+        "patch_size": PATCH,
+        "temporal_patch_size": 1,
+        "merge_size": MERGE,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels, **common),
         tokenizer=tokenizer or build_tokenizer(),
@@ -98,7 +107,9 @@ def build_processor(tokenizer: Any = None) -> Qwen2_5_VLProcessor:
     )
 
 
-def build_config(vocabulary: int = VOCABULARY, *, width: int = 160, layers: int = 4, vision_width: int = 128, vision_layers: int = 3) -> Qwen2_5_VLConfig:
+def build_config(
+    vocabulary: int = VOCABULARY, *, width: int = 160, layers: int = 4, vision_width: int = 128, vision_layers: int = 3
+) -> Qwen2_5_VLConfig:
     """The architecture. The rotary sections interleave time, height and width, so that the few rows and columns of a
     picture fall on fast frequencies: with the usual contiguous sections a column's angle would be a few thousandths."""
     from transformers import Qwen2_5_VLConfig

@@ -218,7 +218,9 @@ def finish(canvas: np.ndarray) -> np.ndarray:
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-def line(canvas: np.ndarray, through: tuple[int, int], turn: int, width: int, color: tuple[int, int, int], alpha: int = 100):
+def line(
+    canvas: np.ndarray, through: tuple[int, int], turn: int, width: int, color: tuple[int, int, int], alpha: int = 100
+):
     """A straight line across the whole canvas, ``width`` pixels wide, through a pixel, at ``turn`` times 15 degrees."""
     cos, sin = cos_sin(turn)
     y, x = _YX
@@ -226,7 +228,9 @@ def line(canvas: np.ndarray, through: tuple[int, int], turn: int, width: int, co
     canvas[on] = (canvas[on] * (100 - alpha) + np.array(color, np.int32) * alpha) // 100
 
 
-def circle_line(canvas: np.ndarray, center: tuple[int, int], radius: int, width: int, color: tuple[int, int, int], alpha=100):
+def circle_line(
+    canvas: np.ndarray, center: tuple[int, int], radius: int, width: int, color: tuple[int, int, int], alpha=100
+):
     """The outline of a circle; everything in pixels."""
     y, x = _YX
     d = (x - center[0]) ** 2 + (y - center[1]) ** 2

@@ -31,8 +31,8 @@ LETTERS = "ABCD"
 NONE_OF_THE_ABOVE = "None of the above"
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 
-# How often the teacher is wrong, in percent of the things in a picture: it overlooks one, or names another colour,
-# size, position or shape than the true one. Textures it always omits when it overlooks detail (``vague``).
+# How often the teacher errs, in percent of the things in a picture: it overlooks one; it draws colour, size, position
+# or shape by chance (now and then the true one comes out); it leaves out the texture (vague).
 TEACHER_NOISE = {"overlooked": 5, "color": 5, "size": 8, "position": 4, "shape": 4, "vague": 10}
 
 

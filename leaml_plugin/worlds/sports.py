@@ -31,7 +31,7 @@ VIOLATIONS = {"cross": "holding", "star": "offside", "triangle": "traveling", "c
 DECISIONS = {"holding": "free throw", "offside": "indirect kick", "traveling": "turnover", "tripping": "penalty shot"}
 # what the actor does -> the action's name; the actor is the ball for motions and a player for changes
 ACTIONS = {
-    "left": "pass", "right": "serve", "up": "lob", "down": "smash",
+    "left": "handoff", "right": "serve", "up": "lob", "down": "smash",
     "grows": "tackle", "shrinks": "dive", "appears": "substitution", "disappears": "ejection",
 }  # fmt: skip
 EQUIPMENT = {GOAL: "goal", STICK: "stick"}
@@ -54,7 +54,13 @@ def scene(index: int, seed: int) -> Scene:
         path = [start + k * (dx + 3 * dy) for k in range(3)]
         cells = [c for c in cells if c not in path]
         ball_size = rng.choice(("small", "medium"))
-        actor = Thing(BALL, rng.choice([c for c in hues if c not in (home, away)]), ball_size, "plain", place(rng, start, ball_size))
+        actor = Thing(
+            BALL,
+            rng.choice([c for c in hues if c not in (home, away)]),
+            ball_size,
+            "plain",
+            place(rng, start, ball_size),
+        )
         count = rng.between(1, 3)
         players = []
     else:
@@ -64,13 +70,19 @@ def scene(index: int, seed: int) -> Scene:
     for _ in range(count):
         players.append(Thing(PLAYER, rng.choice((home, away)), size, "plain", place(rng, cells.pop(), size)))
     others = [p for p in players if p is not actor]
-    keeper = Thing(KEEPER, keeper_hue, "large", "plain", place(rng, cells.pop(), "large")) if cells and rng.chance(50) else None
+    keeper = (
+        Thing(KEEPER, keeper_hue, "large", "plain", place(rng, cells.pop(), "large"))
+        if cells and rng.chance(50)
+        else None
+    )
     violation = rng.choice(list(VIOLATIONS)) if cells and rng.chance(65) else ""
     signal = Thing(violation, referee_hue, "large", "plain", place(rng, cells.pop(), "large")) if violation else None
     gear = rng.choice((GOAL, STICK)) if cells and rng.chance(60) else ""
     item = None
     if gear:
-        item = Thing(gear, rng.choice([c for c in hues[4:]] or hues), "large", "plain", place(rng, cells.pop(), "large"))
+        item = Thing(
+            gear, rng.choice([c for c in hues[4:]] or hues), "large", "plain", place(rng, cells.pop(), "large")
+        )
     still = [t for t in (*others, keeper, signal, item) if t]
     frames_things = animate(rng, [actor, *still], motion)
 
@@ -124,7 +136,9 @@ def questions(rng, facts, players, keeper, signal, item, teams) -> list[WorldQA]
     out = [_ask(rng, "sport", "Easy", "What sport is shown in the video?", facts["sport"], list(COURTS))]
     if players:
         counts = ["1", "2", "3", "4", "5"]
-        out.append(_ask(rng, "players", "Easy", "How many players are visible in the video?", str(len(players)), counts))
+        out.append(
+            _ask(rng, "players", "Easy", "How many players are visible in the video?", str(len(players)), counts)
+        )
         first, second = (sum(p.color == t for p in players) for t in teams)
         if first != second:
             more = teams[0] if first > second else teams[1]
