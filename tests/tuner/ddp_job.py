@@ -1,23 +1,23 @@
 """What the two-rank tests run on each rank: a plain PyTorch loop under DDP, and the Trainer. Also run with one rank.
 
-As a program: ``torchrun --nproc_per_node=2 ddp_job.py <json>`` with ``{"jobs": [{"kind": ..., ...}, ...]}``.
+:func:`main` sees what ``torchrun`` gives a process (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tiny_llama import TARGETS, load
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 from leaml_plugin import RelevanceScorer, SparseAdamW, attach, select
 from leaml_plugin.selection import linears
+from leaml_plugin.tuner.trainer import SelectiveTrainer
 
 STEPS, GLOBAL_BATCH = 6, 4
 
@@ -72,10 +72,6 @@ def plain_loop(base: str, out: str, rank: int = 0, world: int = 1, die_at: int |
 
 def trainer(base: str, out: str, rank: int = 0, world: int = 1, resume: str | None = None) -> None:
     """The same through transformers' Trainer: scores over the ranks, DDP, checkpoints."""
-    from transformers import TrainingArguments
-
-    from leaml_plugin.tuner.trainer import SelectiveTrainer
-
     args = TrainingArguments(
         out,
         max_steps=STEPS,
@@ -97,11 +93,14 @@ def trainer(base: str, out: str, rank: int = 0, world: int = 1, resume: str | No
         torch.save(job.model.state_dict(), Path(out) / "final.pt")
 
 
-if __name__ == "__main__":
+def main(environment: dict[str, str], jobs: list[dict]) -> None:
+    """Run ``jobs`` one after the other on this rank: ``{"kind": "plain_loop" | "trainer", **arguments}``."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for job in json.loads(sys.argv[1])["jobs"]:
-        function = {"plain_loop": plain_loop, "trainer": trainer}[job.pop("kind")]
-        function(**job, rank=dist.get_rank(), world=dist.get_world_size())
+    for job in jobs:
+        function = {"plain_loop": plain_loop, "trainer": trainer}[job["kind"]]
+        arguments = {key: value for key, value in job.items() if key != "kind"}
+        function(**arguments, rank=dist.get_rank(), world=dist.get_world_size())
         dist.barrier()
     dist.destroy_process_group()

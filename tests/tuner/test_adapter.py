@@ -117,6 +117,7 @@ def test_what_is_in_the_files(saved, selection):
     assert config["row_counts"] == selection.counts() and config["sizes"][name] == 48 and len(config["base"]) == 10
 
 
+@pytest.mark.slow
 def test_a_process_that_imports_us_can_load(base, saved):
     path, _ = saved
     code = (
