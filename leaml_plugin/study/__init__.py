@@ -1,0 +1,157 @@
+"""``leaml study``: methods, label budgets and seeds on the embedded worlds, compared with equal effort.
+
+Covers the command; the protocol is ``protocol``, a run ``runner``, tables and tests ``summary``, the figure ``plot``,
+learning rates ``tuning``. Does not cover real data sets (``leaml adapt`` and ``leaml eval``).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = """examples:
+  leaml study                                            # both worlds, 1 % of the labels, 5 seeds, every method
+  leaml study --world endoscopy --methods leaml joint full --seeds 3 --json summary.json
+  leaml study --labels 0.01 0.05 0.2                     # the curve over label budgets
+  leaml study --summary --page docs/study.md --plot docs/study.svg    # nothing is run: tables from the results
+  leaml study --tune                                     # learning rates, on the garden world
+"""
+MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", nargs="+", metavar="WORLD", help="endoscopy, sports (default: both)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all; an unknown name lists them")
+    parser.add_argument("--labels", nargs="+", type=float, default=[0.01], metavar="SHARE",
+                        help="shares of the pool's pictures that are labelled (default: 0.01)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N-1 (default: 5)")
+    parser.add_argument("--results", default="results/study", metavar="DIR",
+                        help="where the results lie, one JSON file a run (default: results/study)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="DIR", help="the tiny base model (default: the embedded one)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
+    parser.add_argument("--time", type=float, default=float("inf"), metavar="SECONDS",
+                        help="begin no run after so many seconds; the same command goes on later")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the protocol")
+    parser.add_argument("--tune", action="store_true", help="tune learning rates on the garden world")
+    parser.add_argument("--summary", action="store_true", help="run nothing, summarise the results that are there")
+    parser.add_argument("--json", metavar="FILE", help="write the summary as JSON")
+    parser.add_argument("--page", metavar="FILE", help=f"write the tables into a page, between {MARKS[0]} and its end")
+    parser.add_argument("--plot", metavar="FILE", help="draw the figure (.svg, .png, .pdf)")
+
+
+def main(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from leaml_plugin import config
+    from leaml_plugin.errors import LeamlError, unknown_name
+    from leaml_plugin.study.protocol import ORDER, REPORTED, Protocol, check_methods
+    from leaml_plugin.worlds.export import checkpoint_path
+
+    worlds = args.world or list(REPORTED)
+    for world in worlds:
+        if world not in REPORTED:
+            raise unknown_name("world to report on", world, REPORTED)
+    methods = check_methods(args.methods or list(ORDER))
+    if args.seeds < 1:
+        raise LeamlError(f"--seeds is {args.seeds}; it must be at least 1.")
+    settings: dict = {}
+    for setting in args.set:
+        config.assign(settings, setting)
+    protocol = config.build(Protocol, settings, "study.")
+    checkpoint = Path(args.checkpoint) if args.checkpoint else checkpoint_path()
+    if not (checkpoint / "model.safetensors").is_file():
+        raise LeamlError(f"{checkpoint}: has no model.safetensors; give the directory of the tiny base model.")
+    if args.page and not (Path(args.page).is_file() and all(m in Path(args.page).read_text() for m in MARKS)):
+        raise LeamlError(f"{args.page}: has no line {MARKS[0]} and {MARKS[1]}, between which the tables would go.")
+    directory = Path(args.results)
+    if args.tune:
+        return _tune(args, protocol, checkpoint, directory, methods)
+    return _study(args, protocol, checkpoint, directory, worlds, methods)
+
+
+def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
+    import json
+    from pathlib import Path
+
+    from leaml_plugin.artifacts import write_json, write_text
+    from leaml_plugin.study import summary
+    from leaml_plugin.study.runner import (
+        Job,
+        Study,
+        checkpoint_hash,
+        identity,
+        load_results,
+        resolve,
+        result_path,
+        run_all,
+    )
+
+    jobs = [
+        Job(world, method, labels, seed)
+        for labels in args.labels
+        for seed in range(args.seeds)
+        for method in methods
+        for world in worlds
+        if seed == 0 or method != "zero-shot"
+    ]
+    left = 0
+    if args.summary:
+        digest = checkpoint_hash(checkpoint)
+        names = (
+            identity(digest, j.world, j.method, j.labels, j.seed, resolve(protocol, j.method, j.seed, None, None))
+            for j in jobs
+        )
+        paths = [path for path in (result_path(directory, name) for name in names) if path.exists()]
+    else:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        paths, left = run_all(Study(protocol, checkpoint), jobs, directory, stop_after=args.time)
+    results = load_results(paths)
+    table = summary.rows(results)
+    print(summary.text_table(summary.HEADER, summary.cells(table)))
+    found = summary.comparisons(table)
+    if found:
+        print("\n" + summary.text_table(summary.COMPARED, summary.compared_cells(found)))
+    if left:
+        print(f"\n{left} runs are left; the same command goes on with them.")
+    if args.json:
+        write_json(Path(args.json), json.loads(json.dumps(summary.summary(results))))
+    if args.plot:
+        from leaml_plugin.study.plot import draw
+
+        draw(results, Path(args.plot))
+    if args.page:
+        page = Path(args.page)
+        before, rest = page.read_text(encoding="utf-8").split(MARKS[0], 1)
+        plot = Path(args.plot).name if args.plot else ""
+        body = summary.page(results, plot)
+        write_text(page, f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")
+    return 0
+
+
+def _tune(args, protocol, checkpoint, directory, methods) -> int:
+    import torch
+
+    from leaml_plugin.study import summary, tuning
+    from leaml_plugin.study.protocol import METHODS
+    from leaml_plugin.study.runner import Study, load_results, run_all
+
+    torch.set_num_threads(args.threads)
+    study = Study(protocol, checkpoint)
+    seeds, labels = range(args.seeds), args.labels[0]
+    needed = dict.fromkeys([*methods, *(["full"] if any(METHODS[m].kind == "pseudo" for m in methods) else [])])
+    paths, left = run_all(study, tuning.first_jobs(list(needed), labels, seeds), directory, stop_after=args.time)
+    found = tuning.outcome(load_results(paths))
+    if not left and "full" in found:
+        rate = tuning.best(found)["full"]
+        more, left = run_all(study, tuning.second_jobs(methods, labels, seeds, rate), directory, stop_after=args.time)
+        found = tuning.outcome(load_results([*paths, *more]))
+    rates = sorted({rate for some in found.values() for rate in some})
+    lines = [
+        [METHODS[m].title, *(f"{100 * some[r]:.1f}" if r in some else "" for r in rates), f"{tuning.best(found)[m]:g}"]
+        for m, some in found.items()
+    ]
+    print(summary.text_table(["method", *(f"lr {rate:g}" for rate in rates), "best"], lines))
+    if left:
+        print(f"\n{left} runs are left; the same command goes on with them.")
+    return 0
