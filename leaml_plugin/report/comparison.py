@@ -125,6 +125,7 @@ def sample(questions: Sequence[QA], answers: Mapping[str, Mapping[str, str]], mo
         for name in words.FAMILY_NAMES:
             if len(drawn) < most and round_ < len(by_family.get(name, ())):
                 drawn.append(by_family[name][round_])
+    gallery.thumbnail.cache_clear()  # a file may have changed since the last report
     return [
         {
             "question": qa.question,

@@ -283,9 +283,9 @@ class Facts:
         path = self._file(stage, "log.jsonl")
         if path is None:
             return []
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         steps = []
-        for n, line in enumerate(lines, 1):
+        for n, line in enumerate(lines if lines != [""] else (), 1):
             try:
                 steps.append(json.loads(line))
             except json.JSONDecodeError as error:

@@ -30,12 +30,13 @@ from leaml_plugin.errors import LeamlError
 from leaml_plugin.progress import Progress
 from leaml_plugin.records import ImageRef
 from leaml_plugin.report.facts import Shown
-from leaml_plugin.report.words import FAMILY_NAMES
+from leaml_plugin.report.words import FAMILY_NAMES, without_machine
 
 PER_PAGE, TEXTS, THUMBS = 24, 200, 40
 SIDE = 200  # of a thumbnail, in pixels
 MOST_FRAMES = 4
 LONGEST = 4000  # characters of one text; a page is no place for a runaway generation
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:;,]+/)+")
 _CHUNK = re.compile(r"\.?[a-z]+-(?:text|pictures)-\d{4,}\.[0-9a-f]{12}\.js(?:\.\d+\.tmp)?")
 
 
@@ -80,7 +81,8 @@ def thumbnail(images: tuple[ImageRef, ...]) -> Thumbnail:
 
 def _problem(message: str, ref: ImageRef) -> str:
     """The sentence without the folders of the machine on which it was said."""
-    return message.replace(ref.uri, Path(ref.uri).name if not ref.uri.startswith("hf:") else "it")
+    name = "the data set" if ref.uri.startswith("hf:") else Path(ref.uri).name
+    return _FOLDERS.sub("", message.replace(ref.uri, name))
 
 
 def _finite(value: float | None) -> float | None:
@@ -119,6 +121,7 @@ def build(
     """
     if not entries:
         return None
+    thumbnail.cache_clear()  # a file may have changed since the last report
     keys, families = list(statuses), list(FAMILY_NAMES)
     texts, masks, cards = [], [], []
     for entry in entries:
@@ -126,7 +129,7 @@ def build(
             [keys.index(status), families.index(fam), cut(question), cut(answer), cut(note), _finite(logprob)]
             for _, status, fam, question, answer, note, logprob in entry.rows
         ]
-        texts.append([entry.id, cut(entry.caption), len(entry.images), rows])
+        texts.append([without_machine(entry.id), cut(entry.caption), len(entry.images), rows])
         masks.append(sorted({row[0] * len(families) + row[1] for row in rows}))
     text_files = [
         _chunk(f"{name}-text-{i // TEXTS:04d}", texts[i : i + TEXTS], folder, written)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from leaml_plugin.metrics import Estimate, family
@@ -39,6 +40,7 @@ _THIN = "\u202f"  # narrow no-break space, between a number and its unit and bet
 _PATH = re.compile(r"(?:^(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|file:)|[/\\]\.\.[/\\])")
 
 
+@lru_cache(maxsize=4096)
 def family_of(question: str) -> str:
     """The family of a question, with ``""`` for a pair in which no question could be read."""
     return family(question) if question.strip() else ""

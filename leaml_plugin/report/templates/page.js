@@ -124,7 +124,7 @@
           }
           if (turn !== this.turn) return;
           const [id, caption, , rows] = text;
-          const own = anything && [id, caption].some((t) => t.toLowerCase().includes(words));
+          const own = [id, caption].some((t) => t.toLowerCase().includes(words));
           if (own || rows.some((row) => fits(row) && row.slice(2, 5).some((t) => t.toLowerCase().includes(words))))
             kept.push(i);
         }

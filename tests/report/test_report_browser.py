@@ -1,7 +1,7 @@
 """The pages in a real browser: keys, filters, pages, search, narrow screens, and that nothing is fetched or run."""
 
 import pytest
-from browser import browser, missing
+from report_browser import browser, missing
 
 from leaml_plugin.report import write_report
 
