@@ -35,8 +35,8 @@ CONFIG, DONE, WORK = "config.json", "done.json", "work"
 
 
 def canonical_json(data: Any) -> str:
-    """JSON with sorted keys: equal data gives equal text."""
-    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    """JSON with sorted keys: equal data gives equal text. NaN and infinity, which JSON lacks, are a ``ValueError``."""
+    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def fingerprint(data: Any) -> str:

@@ -91,7 +91,10 @@ def summarise(questions: Sequence[QA], predictions: Sequence[Prediction], labels
         "blind_majority": clustered_mean(blind_hits, pictures),
         "above_blind": clustered_mean([h - b for h, b in zip(hits, blind_hits)], pictures),
     }
-    out: dict[str, Any] = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+    out: dict[str, Any] = {
+        name: {key: None if value != value else value for key, value in dataclasses.asdict(estimate).items()}
+        for name, estimate in estimates.items()  # NaN bounds, where there is one picture only, are null in JSON
+    }
     by_template: dict[str, list[float]] = {}
     for template, hit in zip(templates, hits):
         by_template.setdefault(template, []).append(hit)

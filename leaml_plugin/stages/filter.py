@@ -42,13 +42,13 @@ class FilterConfig:
 
     Attributes:
         length_slack: a question or answer may be this many times as long (in characters) as the longest labelled one.
-        min_logprob: nats per token; pairs below are dropped. Minus infinity keeps all.
+        min_logprob: nats per token; pairs below are dropped. None keeps all.
         agreement: least share of a picture's samples with the same question that must give the same answer.
         known_questions: keep only questions that the labels ask too.
     """
 
     length_slack: float = 2.0
-    min_logprob: float = float("-inf")
+    min_logprob: float | None = None
     agreement: float = 0.5
     known_questions: bool = False
 
@@ -88,7 +88,7 @@ def apply(
             return "too_long"
         if _UNANSWERABLE.search(pair.answer):
             return "unanswerable"
-        if pair.logprob < config.min_logprob:
+        if config.min_logprob is not None and pair.logprob < config.min_logprob:
             return "unlikely"
         if config.known_questions and normalise_question(pair.question) not in known:
             return "unknown_question"
