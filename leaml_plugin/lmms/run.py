@@ -45,7 +45,7 @@ SHOWN = {
     "set_f1": "interval_set",
     "macro_f1": "interval_macro",
     "bleu": None,
-    "rougeL": None,
+    "rougeL": "interval_longest",
     "meteor": None,
 }
 

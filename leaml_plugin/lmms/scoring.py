@@ -103,10 +103,16 @@ def _letters(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[A-J]", found.group())) if found else frozenset()
 
 
-def free_text(prediction: str, reference: str, *, cluster: str) -> dict[str, Any]:
+def free_text(prediction: str, reference: str, *, cluster: str, complexity: int | None = None) -> dict[str, Any]:
     """The values of one free-text row: the texts themselves, since BLEU is a score of the whole."""
     pair = {"prediction": prediction, "reference": reference, "cluster": cluster}
-    return dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "meteor", "meteor_stem"), pair)
+    values: dict[str, Any] = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "meteor", "meteor_stem"), pair)
+    overlap = text.rouge([prediction], [reference], "rougeL")
+    values["interval_longest"] = (overlap, cluster)
+    if complexity is not None:
+        for level in (1, 2, 3):
+            values[f"complexity_{level}"] = scored(overlap, cluster) if level == complexity else None
+    return values
 
 
 # --------------------------------------------------------------------------------------------------- aggregations

@@ -3,12 +3,14 @@
 lmms-eval runs this file anew for every name a YAML file takes from it, so it holds no state.
 """
 
-from leaml_plugin.lmms import endoscopy, scoring
+from leaml_plugin.lmms import endoscopy, endoscopy_x1, scoring
 from leaml_plugin.metrics import normalise_question
 
 _SOURCES = {
     "DATASET_PATH": lambda: endoscopy.source()[0],
     "DATASET_KWARGS": lambda: endoscopy.source()[1],
+    "X1_PATH": lambda: endoscopy_x1.source()[0],
+    "X1_KWARGS": lambda: endoscopy_x1.source()[1],
     "SYNTHETIC_PATH": lambda: endoscopy.synthetic_source()[0],
     "SYNTHETIC_KWARGS": lambda: endoscopy.synthetic_source()[1],
 }
@@ -53,7 +55,12 @@ def multilabel(dataset):
     return endoscopy.evaluation_rows(dataset, "multilabel")
 
 
+def x1_rows(dataset):
+    return endoscopy_x1.evaluation_rows(dataset)
+
+
 doc_to_visual = endoscopy.pictures
+x1_doc_to_visual = endoscopy_x1.pictures
 doc_to_no_visual = endoscopy.no_pictures
 doc_to_text = endoscopy.question_text
 
@@ -73,7 +80,17 @@ def process_results(doc, results):
     )
 
 
+def process_x1(doc, results):
+    return scoring.free_text(results[0], doc["answer"], cluster=str(doc["img_id"]), complexity=int(doc["complexity"]))
+
+
 mean = scoring.mean
 interval = scoring.interval
 macro = scoring.macro
 macro_interval = scoring.macro_interval
+bleu = scoring.bleu
+rouge1 = scoring.rouge1
+rouge2 = scoring.rouge2
+rouge_l = scoring.rouge_l
+meteor = scoring.meteor
+meteor_stem = scoring.meteor_stem

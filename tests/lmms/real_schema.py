@@ -169,3 +169,27 @@ def write_mp4(path: Path, count: int, seed: int) -> None:
         for index in range(count):
             container.mux(stream.encode(av.VideoFrame.from_image(frame(index, seed))))
         container.mux(stream.encode())
+
+
+def write_kvasir_x1(directory: Path, pictures: int = 40) -> Path:
+    """Kvasir-VQA-x1: questions without pictures, its train and test files sharing pictures."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"train": [], "test": []}
+    for index in range(pictures):
+        for complexity in (1, 2, 3):
+            rows["test" if (index + complexity) % 2 else "train"].append(
+                {
+                    "img_id": picture_name(index),
+                    "complexity": complexity,
+                    "question": "What does the image show, and is there text?",
+                    "answer": f"The image shows {complexity} pink polyps, and no text is visible.",
+                    "original": json.dumps([{"q": "Is there text?", "a": "no"}]),
+                    "question_class": ["text_presence"],
+                }
+            )
+    (directory / "data").mkdir(parents=True)
+    for name, chunk in rows.items():
+        pq.write_table(pa.Table.from_pylist(chunk), directory / "data" / f"{name}-00000-of-00001.parquet")
+    return directory
