@@ -1,7 +1,8 @@
 """The one batched ``generate`` and the scoring of given answers, shared by stages, lmms-eval and users.
 
 Covers: left-padded batches in windows sorted by length, results in the order of the input and as they are ready,
-several samples a turn, greedy or seeded sampling, the mean log-probability of what was written.
+several samples a turn that share one reading of picture and prompt, greedy or seeded sampling, the mean
+log-probability of what was written.
 Does not cover: beam search, generation on a server.
 
 Sampling does not use torch's random state. A token is drawn by the Gumbel-max rule, with noise that is a hash of
@@ -12,6 +13,7 @@ sum in another order, which can turn a tie between tokens, at about one token in
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,8 +86,8 @@ def generate(
     Args:
         turns: any iterable; only a window of a few batches is held at a time.
         collator: of this model's processor; one with the default prompts if ``None``.
-        batch_size: rows a forward pass; a turn with ``num_samples`` takes that many rows. A picture is opened and
-            processed once for all its samples.
+        batch_size: rows a forward pass; a turn with ``num_samples`` takes that many rows. Picture and prompt are
+            processed and read by the model once for all its samples (in one batch).
         max_new_tokens: the most tokens to write.
         sampling: ``None`` is greedy.
         num_samples: texts a turn; more than one needs ``sampling``.
@@ -174,17 +176,24 @@ def _run(
     return_logprobs: bool,
     stop: list[int],
 ) -> list[Generated]:
-    batch = loaded.to_device(collator.merge([features for features, _ in rows], side="left"))
-    length = batch["input_ids"].shape[1]
+    length = max(len(features) for features, _ in rows)
     chooser = None
     if sampling is not None or return_logprobs:
         keys = [_key(sampling.seed, features.turn.id, sample) for features, sample in rows] if sampling else None
         chooser = _Chooser(length, sampling, keys, stop, return_logprobs)
-    out = loaded.model.generate(  # type: ignore[operator]
-        **batch,
-        generation_config=config,
-        **({"logits_processor": LogitsProcessorList([chooser])} if chooser else {}),
-    )
+    # the samples of a turn share one Features object and stand side by side
+    new = [n == 0 or rows[n][0] is not rows[n - 1][0] for n in range(len(rows))]
+    out = None
+    if chooser is not None and not all(new):
+        unique = [features for (features, _), first in zip(rows, new) if first]
+        out = _read_once(loaded, collator, config, unique, [n - 1 for n in itertools.accumulate(new)], chooser)
+    if out is None:
+        batch = loaded.to_device(collator.merge([features for features, _ in rows], side="left"))
+        out = loaded.model.generate(  # type: ignore[operator]
+            **batch,
+            generation_config=config,
+            **({"logits_processor": LogitsProcessorList([chooser])} if chooser else {}),
+        )
     results = []
     logprobs = chooser.means() if chooser is not None and return_logprobs else [0.0] * len(rows)
     for (features, sample), ids, logprob in zip(rows, out[:, length:].tolist(), logprobs):
@@ -244,6 +253,66 @@ def _stop_ids(loaded: Loaded, collator: Collator) -> list[int]:
     for value in found:
         ids.extend(value if isinstance(value, list | tuple) else [value])
     return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+# What a second call of generate can extend by one token. Models with more (cross-attention masks) are not shared.
+_EXTENDABLE = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+def _read_once(
+    loaded: Loaded,
+    collator: Collator,
+    config: GenerationConfig,
+    unique: Sequence[Features],
+    group: Sequence[int],
+    chooser: _Chooser,
+) -> Tensor | None:
+    """Generate for rows that share prompts: the model reads each of ``unique`` once, then its cache is repeated.
+
+    Args:
+        group: which of ``unique`` each row continues.
+
+    Returns:
+        Ids ``[rows, length + written]``, or ``None`` where this model's cache cannot be repeated.
+    """
+    model: Any = loaded.model
+    batch = loaded.to_device(collator.merge(unique, side="left"))
+    sequence = {key: batch[key] for key in batch if key in unique[0].sequence}
+    if not set(sequence) <= _EXTENDABLE:
+        return None
+    first = copy.deepcopy(config)
+    first.max_new_tokens, first.return_dict_in_generate, first.output_logits = 1, True, True
+    read = model.generate(**batch, generation_config=first)
+    cache, length = read.past_key_values, batch["input_ids"].shape[1]
+    if not hasattr(cache, "batch_select_indices") or cache.get_seq_length() != length:
+        return None
+
+    rows = torch.tensor(group, device=loaded.device)
+    cache.batch_select_indices(rows)
+    for module in model.modules():
+        # Qwen-VL and its kin keep the offset of the text positions between calls
+        deltas = getattr(module, "rope_deltas", None)
+        if isinstance(deltas, Tensor) and deltas.shape[0] == len(unique):
+            module.rope_deltas = deltas.index_select(0, rows)
+    sequence = {key: value.index_select(0, rows) for key, value in sequence.items()}
+    ids = sequence.pop("input_ids")
+    token = chooser(ids, read.logits[0].float().index_select(0, rows)).argmax(-1, keepdim=True)
+    ids = torch.cat([ids, token], 1)
+    if config.max_new_tokens == 1 or bool(torch.isin(token, torch.tensor(config.eos_token_id).to(token)).all()):
+        return ids
+    rest = copy.deepcopy(config)
+    rest.max_new_tokens -= 1
+    grown = {
+        key: torch.cat([value, torch.full_like(value[:, :1], int(key == "attention_mask"))], 1)
+        for key, value in sequence.items()
+    }
+    return model.generate(
+        input_ids=ids,
+        past_key_values=cache,
+        generation_config=rest,
+        logits_processor=LogitsProcessorList([chooser]),
+        **grown,
+    )
 
 
 # -- choosing tokens -------------------------------------------------------------------------------------------------

@@ -63,6 +63,26 @@ def test_sampling_does_not_depend_on_batch_shard_or_global_seed(loaded, collator
     assert all(want[o.id, o.sample] == o.text for o in got)
 
 
+@pytest.mark.parametrize("batch_size", [6, 12])
+def test_samples_share_one_reading_of_the_prompt(loaded, collator, turns, batch_size):
+    read = []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    options = {"sampling": SAMPLING, "num_samples": 4, "return_logprobs": True}
+    try:
+        shared = texts(loaded, turns[:3], collator, batch_size=batch_size, **options)
+    finally:
+        hook.remove()
+    long = [rows for rows, length in read if length > 1]
+    assert sum(long) == {6: 4, 12: 3}[batch_size]  # a turn that two batches share is read in both
+    alone = texts(loaded, turns[:3], collator, batch_size=1, **options)
+    assert [(o.id, o.sample, o.text) for o in shared] == [(o.id, o.sample, o.text) for o in alone]
+    assert [o.logprob for o in shared] == pytest.approx([o.logprob for o in alone], abs=1e-3)
+    [one] = {o.tokens for o in texts(loaded, turns[:3], collator, max_new_tokens=1, batch_size=12, **options)}
+    assert one == 1
+
+
 def test_samples_seeds_and_turns_differ(loaded, collator, turns):
     same = [dataclasses.replace(turns[0], id=str(i)) for i in range(4)]
     hot = dataclasses.replace(SAMPLING, temperature=2.0, top_p=1.0)

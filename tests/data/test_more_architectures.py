@@ -9,6 +9,7 @@ from more_models import BUILDERS
 from leaml_plugin import models
 from leaml_plugin.data.collate import IGNORE, Collator
 from leaml_plugin.data.prompts import Turn
+from leaml_plugin.inference import Sampling, generate
 from leaml_plugin.records import ImageRef
 
 
@@ -80,3 +81,11 @@ def test_the_language_models_layers_are_found(built):
     found = models.target_linears(model)
     assert len(found) in (14, 21) and all("vision" not in n and "visual" not in n for n in found)
     assert len(models.ffn_groups(model)) == len(found) // 7
+
+
+def test_samples_that_share_a_reading_are_those_read_alone(built, turns):
+    model, processor = built
+    loaded, collator = models.Loaded(model, processor, "memory"), Collator(processor)
+    options = {"max_new_tokens": 5, "sampling": Sampling(seed=3), "num_samples": 3, "progress": False}
+    shared, alone = (list(generate(loaded, turns, collator=collator, batch_size=n, **options)) for n in (9, 1))
+    assert [(o.id, o.sample, o.text) for o in shared] == [(o.id, o.sample, o.text) for o in alone]
