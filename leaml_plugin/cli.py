@@ -28,8 +28,9 @@ COMMANDS = {
     "export-lora": ("leaml_plugin.commands.export_lora", "write an adapter as an exactly equal LoRA"),
     "world": ("leaml_plugin.commands.world", "write pictures, questions and captions of an embedded world"),
     "pretrain": ("leaml_plugin.worlds.pretrain", "pre-train the embedded base checkpoint"),
+    "study": ("leaml_plugin.study", "compare methods over label budgets and seeds on the embedded worlds"),
     "gate": ("leaml_plugin.worlds.gate", "whether the embedded checkpoint can tell methods apart"),
-    "bench": ("leaml_plugin.benchmark", "time the kernels and the training step against their peers"),
+    "bench": ("leaml_plugin.commands.bench", "time the kernels and the training step against their peers"),
 }
 
 EXAMPLES = """examples:

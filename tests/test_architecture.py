@@ -37,6 +37,7 @@ LAYERS = {
     "leaml_plugin.lmms": 6,
     "leaml_plugin.report": 6,
     "leaml_plugin.benchmark": 6,
+    "leaml_plugin.study": 6,
     "leaml_plugin.tasks": 6,
 }
 
