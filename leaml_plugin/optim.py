@@ -87,7 +87,8 @@ class SparseAdamW(torch.optim.Optimizer):
     the device and no step synchronises, so a CUDA graph can capture it.
 
     Raises:
-        LeamlError: rows out of range, repeated, or not one list per parameter; a state_dict of other shapes.
+        LeamlError: rows out of range, repeated, or not one list per parameter; sharded parameters; a state_dict of
+            other shapes.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf for step()
@@ -132,6 +133,12 @@ class SparseAdamW(torch.optim.Optimizer):
         rows = param_group.pop("rows", None)
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
+        if any(hasattr(p, "placements") for p in params):
+            self.param_groups.pop()
+            raise LeamlError(
+                "SparseAdamW cannot step sharded parameters (FSDP2, tensor parallel): use torch.optim.AdamW on the "
+                "adapter's deltas, whose states are as compact."
+            )
         if rows is None:
             return
         rows = [rows] if isinstance(rows, Tensor) else list(rows)

@@ -9,13 +9,17 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from tiny_llama import TARGETS, load
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from leaml_plugin import RelevanceScorer, SparseAdamW, attach, select
+from leaml_plugin import LeamlConfig, LeamlError, RelevanceScorer, SparseAdamW, attach, select
 from leaml_plugin.selection import linears
 from leaml_plugin.tuner.trainer import SelectiveTrainer
 
@@ -93,13 +97,37 @@ def trainer(base: str, out: str, rank: int = 0, world: int = 1, resume: str | No
         torch.save(job.model.state_dict(), Path(out) / "final.pt")
 
 
+def fsdp(base: str, out: str, rank: int = 0, world: int = 1) -> None:
+    """The adapter under FSDP2: base and deltas sharded, torch's AdamW on the (compact) deltas, saved whole."""
+    model = load(base)
+    config = LeamlConfig(target_modules=["q_proj", "down_proj"], density=0.2, seed=1)
+    adapted = get_peft_model(model, config)
+    if world > 1:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(adapted)
+        with pytest.raises(LeamlError, match="cannot step sharded parameters"):
+            SparseAdamW(adapted.parameters())
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01, eps=1e-4)
+    data = samples(STEPS * GLOBAL_BATCH)
+    for step in range(STEPS):
+        mine = data[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH].chunk(world)[rank]
+        adapted(input_ids=mine, labels=mine).loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in adapted.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = get_model_state_dict(adapted, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        adapted.save_pretrained(out, state_dict=whole)
+
+
 def main(environment: dict[str, str], jobs: list[dict]) -> None:
-    """Run ``jobs`` one after the other on this rank: ``{"kind": "plain_loop" | "trainer", **arguments}``."""
+    """Run ``jobs`` one after the other on this rank: ``{"kind": "plain_loop" | "trainer" | "fsdp", **arguments}``."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for job in jobs:
-        function = {"plain_loop": plain_loop, "trainer": trainer}[job["kind"]]
+        function = {"plain_loop": plain_loop, "trainer": trainer, "fsdp": fsdp}[job["kind"]]
         arguments = {key: value for key, value in job.items() if key != "kind"}
         function(**arguments, rank=dist.get_rank(), world=dist.get_world_size())
         dist.barrier()

@@ -12,6 +12,7 @@ from pathlib import Path
 import ddp_job
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from leaml_plugin import Selection
 
@@ -60,10 +61,12 @@ def test_two_ranks_equal_one_and_resume(base, tmp_path, monkeypatch):
     one, two, up, down = (tmp_path / name for name in ("one", "two", "up", "down"))
     ddp_job.plain_loop(base, str(one))
     ddp_job.trainer(base, str(tmp_path / "trainer1"))
+    ddp_job.fsdp(base, str(tmp_path / "fsdp1"))
     shutil.copytree(one, up)
     (up / "final.pt").unlink()
 
     died = two_ranks(
+        {"kind": "fsdp", "base": base, "out": str(tmp_path / "fsdp2")},
         {"kind": "trainer", "base": base, "out": str(tmp_path / "trainer2")},
         {"kind": "plain_loop", "base": base, "out": str(two), "die_at": 4},
     )
@@ -89,3 +92,9 @@ def test_two_ranks_equal_one_and_resume(base, tmp_path, monkeypatch):
         assert_same(one, other)
     for other in ("trainer2", "trainer-up", "trainer-down"):
         assert_same(tmp_path / "trainer1", tmp_path / other)
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fsdp1", "fsdp2")]
+    assert adapters[0].keys() == adapters[1].keys() and any(
+        v.is_floating_point() and v.any() for v in adapters[0].values()
+    )
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(value, adapters[1][name], rtol=1e-5, atol=1e-6)
