@@ -85,9 +85,12 @@ class Leaml(lmms):
 
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        directory = prompts or os.environ.get("LEAML_PROMPTS") or None
         if method is not None:
             from leaml_plugin.lmms import methods
 
+            if directory:  # a model is adapted with the texts that it is asked with
+                options.setdefault("prompts", directory)
             pretrained, adapter = methods.adapted(method, pretrained, adapter, options, self.accelerator)
         elif options:
             raise unknown_name("model argument", next(iter(options)), _arguments())
@@ -110,7 +113,6 @@ class Leaml(lmms):
                 self.loaded.model = _spread(self.loaded.model, device_map)
         self.batch_size_per_gpu = _batch_size(batch_size, max_batch_size)
         self.max_frames = int(max_frames)
-        directory = prompts or os.environ.get("LEAML_PROMPTS") or None
         self.collator = MessageCollator(self.loaded.processor, Prompts.load(directory), max_length=max_length)
 
     def _choose_device(self, device: str | None) -> str:
