@@ -78,7 +78,8 @@ def points(value: float | None) -> str:
     """A difference of two shares in percentage points, with its sign."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{100 * value:+.1f}".replace("-", "−")
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def estimate(value: Any) -> Estimate | None:
