@@ -82,8 +82,8 @@ class TrainConfig:
 
     def lr_factor(self, step: int) -> float:
         """The share of ``lr`` that step ``step`` (from 0) uses."""
-        warm = max(1, round(self.warmup * self.steps))
-        if step < warm and self.warmup > 0:
+        warm = max(1, round(self.warmup * self.steps)) if self.warmup > 0 else 0
+        if step < warm:
             return (step + 1) / warm
         if self.schedule == "constant":
             return 1.0

@@ -27,6 +27,7 @@ def test_learning_rate_rises_then_falls():
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert 0 < factors[-1] < 0.01
     assert [TrainConfig(steps=4, warmup=0, schedule="constant").lr_factor(s) for s in range(4)] == [1.0] * 4
+    assert TrainConfig(steps=1, warmup=0).lr_factor(0) == 1.0
     linear = TrainConfig(steps=10, warmup=0, schedule="linear")
     assert linear.lr_factor(6) - linear.lr_factor(5) == pytest.approx(linear.lr_factor(3) - linear.lr_factor(2))
 
