@@ -5,6 +5,11 @@
 #include "cpu_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LEAML_NO_CLONES)
+#define LEAML_DISPATCH
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // a false alarm inside GCC 12's own header
+#include <immintrin.h>
+#pragma GCC diagnostic pop
 #define LEAML_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LEAML_CLONES
@@ -13,72 +18,216 @@
 namespace leaml::cpu {
 namespace {
 
+#if defined(LEAML_DISPATCH)
+// The highest of the x86-64 micro-architecture levels 4, 3 and 2 that runs here.
+int level() {
+  static const int found = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("x86-64-v4")) return 4;
+    return __builtin_cpu_supports("x86-64-v3") ? 3 : 2;
+  }();
+  return found;
+}
+#endif
+
 constexpr int kAhead = 1024;  // bytes a stream is prefetched ahead
 
-// Eight floats as one value. Wider generic vectors compile badly where registers are narrower.
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-constexpr int kVectors = kLanes / 8;
+// --- relevance: explicit vectors of W floats, so that sums stay in registers --------------------------------------------
 
-LEAML_HD void load8(const float* p, f32x8& out) { memcpy(&out, p, 32); }
+template <int W>
+struct Vec {
+  typedef float f32 __attribute__((vector_size(4 * W)));
+  typedef uint32_t u32 __attribute__((vector_size(4 * W)));
+};
 
-LEAML_HD void load8(const bf16* p, f32x8& out) {
-  u16x8 raw;
-  memcpy(&raw, p, 16);
-  out = (f32x8)(__builtin_convertvector(raw, u32x8) << 16);
+// kLanes elements as kLanes / W vectors. bf16 comes in pairs within a 32-bit word: even elements fill the first half of
+// the lanes, odd ones the second (see `lane`).
+template <int W>
+LEAML_HD void load_lanes(const float* p, typename Vec<W>::f32* out) {
+  memcpy(out, p, 4 * kLanes);
 }
 
-LEAML_HD void load8(const fp16* p, f32x8& out) {  // to_float(fp16), eight at a time
-  u16x8 raw;
-  memcpy(&raw, p, 16);
-  const u32x8 x = __builtin_convertvector(raw, u32x8);
-  const u32x8 magnitude = (x & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u, rebased = magnitude + 0x38000000u;
-  const f32x8 subnormal = (f32x8)(rebased + 0x00800000u) - (f32x8)(u32x8{} + 0x38800000u);
-  u32x8 u = exponent == 0x0f800000u ? rebased + 0x38000000u : rebased;
-  u = exponent == 0u ? (u32x8)subnormal : u;
-  out = (f32x8)(u | ((x & 0x8000u) << 16));
+template <int W>
+LEAML_HD void load_lanes(const bf16* p, typename Vec<W>::f32* out) {
+  typedef typename Vec<W>::u32 U;
+  constexpr int half = kLanes / W / 2;
+  U words[half];
+  memcpy(words, p, 2 * kLanes);
+  for (int k = 0; k < half; ++k) {
+    const U even = words[k] << 16, odd = words[k] & 0xffff0000u;
+    memcpy(out + k, &even, sizeof(U));
+    memcpy(out + half + k, &odd, sizeof(U));
+  }
 }
 
-template <class W, class G>
-LEAML_HD void relevance_body(const W* w, const G* g, int64_t n, Lanes& lanes) {
-  f32x8 wg[kVectors], abs_wg[kVectors], gg[kVectors];
+template <class U, class F>
+LEAML_HD F halves(U x) {  // to_float(fp16), one in each word
+  const U magnitude = (x & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u, rebased = magnitude + 0x38000000u;
+  const F subnormal = (F)(rebased + 0x00800000u) - (F)(U{} + 0x38800000u);
+  U u = exponent == 0x0f800000u ? rebased + 0x38000000u : rebased;
+  u = exponent == 0u ? (U)subnormal : u;
+  return (F)(u | ((x & 0x8000u) << 16));
+}
+
+template <int W>
+LEAML_HD void load_lanes(const fp16* p, typename Vec<W>::f32* out) {
+  typedef typename Vec<W>::u32 U;
+  typedef typename Vec<W>::f32 F;
+  typedef uint16_t H __attribute__((vector_size(2 * W)));
+  for (int k = 0; k < kLanes / W; ++k) {
+    H raw;
+    memcpy(&raw, p + W * k, sizeof(H));
+    out[k] = halves<U, F>(__builtin_convertvector(raw, U));
+  }
+}
+
+// Which lane the i-th of kLanes elements belongs to.
+LEAML_HD int lane(const bf16*, int i) { return i / 2 + (i % 2) * (kLanes / 2); }
+LEAML_HD int lane(const void*, int i) { return i; }
+
+template <int W, class A, class B>
+LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
+  typedef typename Vec<W>::u32 U;
+  typedef typename Vec<W>::f32 F;
+  constexpr int vectors = kLanes / W;
+  F wg[vectors], abs_wg[vectors], gg[vectors];
   memcpy(wg, lanes.wg, sizeof(wg)), memcpy(abs_wg, lanes.abs_wg, sizeof(wg)), memcpy(gg, lanes.gg, sizeof(wg));
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) {
-      f32x8 a, b;
-      load8(w + i + 8 * k, a);
-      load8(g + i + 8 * k, b);
-      const f32x8 p = a * b;
+    F a[vectors], b[vectors];
+    if constexpr (sizeof(A) == sizeof(B)) {
+      load_lanes<W>(w + i, a);
+      load_lanes<W>(g + i, b);
+    } else {  // a half weight and an fp32 gradient: the weight in the gradient's order
+      float wide[kLanes];
+      for (int k = 0; k < kLanes; ++k) wide[k] = to_float(w[i + k]);
+      memcpy(a, wide, sizeof(a));
+      load_lanes<W>(g + i, b);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < vectors; ++k) {
+      const F p = a[k] * b[k];
       wg[k] += p;
-      abs_wg[k] += (f32x8)((u32x8)p & 0x7fffffffu);
-      gg[k] += b * b;
+      abs_wg[k] += (F)((U)p & 0x7fffffffu);
+      gg[k] += b[k] * b[k];
     }
     __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
     __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead);
-    if (sizeof(W) == 4) __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + 64);
-    if (sizeof(G) == 4) __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead + 64);
+    if (sizeof(A) == 4) __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + 64);
+    if (sizeof(B) == 4) __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead + 64);
   }
   memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, abs_wg, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
-  for (int lane = 0; i < n; ++i, ++lane) {
+  for (int k = 0; i < n; ++i, ++k) {
     const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
-    lanes.wg[lane] += p;
-    lanes.abs_wg[lane] += fabsf(p);
-    lanes.gg[lane] += b * b;
+    const int j = lane(g, k);
+    lanes.wg[j] += p;
+    lanes.abs_wg[j] += fabsf(p);
+    lanes.gg[j] += b * b;
   }
 }
 
-#define LEAML_RELEVANCE(name, W, G) \
-  LEAML_CLONES void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body(static_cast<const W*>(w), static_cast<const G*>(g), n, lanes); \
+#if defined(LEAML_DISPATCH)
+// fp16 in hardware. The twins of these are load_lanes<W>(const fp16*) and load_body / store_body.
+#define LEAML_V3 __attribute__((target("arch=x86-64-v3")))
+#define LEAML_V4 __attribute__((target("arch=x86-64-v4")))
+
+LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& lanes) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 wg[4], aw[4], gg[4];
+  memcpy(wg, lanes.wg, sizeof(wg)), memcpy(aw, lanes.abs_wg, sizeof(wg)), memcpy(gg, lanes.gg, sizeof(wg));
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m256 a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i + 8 * k)));
+      const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(g + i + 8 * k)));
+      const __m256 p = _mm256_mul_ps(a, b);
+      wg[k] = _mm256_add_ps(wg[k], p);
+      aw[k] = _mm256_add_ps(aw[k], _mm256_and_ps(p, magnitude));
+      gg[k] = _mm256_add_ps(gg[k], _mm256_mul_ps(b, b));
+    }
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead);
   }
+  memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, aw, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
+  for (int k = 0; i < n; ++i, ++k) {
+    const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
+    lanes.wg[k] += p;
+    lanes.abs_wg[k] += fabsf(p);
+    lanes.gg[k] += b * b;
+  }
+}
+
+LEAML_V4 void relevance_f16_v4(const fp16* w, const fp16* g, int64_t n, Lanes& lanes) {
+  __m512 wg[2], aw[2], gg[2];
+  memcpy(wg, lanes.wg, sizeof(wg)), memcpy(aw, lanes.abs_wg, sizeof(wg)), memcpy(gg, lanes.gg, sizeof(wg));
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i + 16 * k)));
+      const __m512 b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(g + i + 16 * k)));
+      const __m512 p = _mm512_mul_ps(a, b);
+      wg[k] = _mm512_add_ps(wg[k], p);
+      aw[k] = _mm512_add_ps(aw[k], _mm512_abs_ps(p));
+      gg[k] = _mm512_add_ps(gg[k], _mm512_mul_ps(b, b));
+    }
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead);
+  }
+  memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, aw, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
+  for (int k = 0; i < n; ++i, ++k) {
+    const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
+    lanes.wg[k] += p;
+    lanes.abs_wg[k] += fabsf(p);
+    lanes.gg[k] += b * b;
+  }
+}
+
+LEAML_V3 void load_f16_v3(const fp16* source, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+  for (; i < n; ++i) out[i] = to_float(source[i]);
+}
+
+LEAML_V3 void store_f16_v3(const float* values, int64_t n, fp16* target) {
+  const __m256 canonical = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));  // the one NaN that from_float makes
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 x = _mm256_loadu_ps(values + i);
+    const __m256 y = _mm256_blendv_ps(x, canonical, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < n; ++i) from_float(values[i], target[i]);
+}
+
+#define LEAML_RELEVANCE(name, A, B) \
+  LEAML_V4 void name##_v4(const void* w, const void* g, int64_t n, Lanes& lanes) { \
+    relevance_body<16>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+  } \
+  LEAML_V3 void name##_v3(const void* w, const void* g, int64_t n, Lanes& lanes) { \
+    relevance_body<8>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+  } \
+  void name##_v2(const void* w, const void* g, int64_t n, Lanes& lanes) { \
+    relevance_body<4>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+  } \
+  void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
+    level() == 4 ? name##_v4(w, g, n, lanes) : level() == 3 ? name##_v3(w, g, n, lanes) : name##_v2(w, g, n, lanes); \
+  }
+#else
+#define LEAML_RELEVANCE(name, A, B) \
+  void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
+    relevance_body<4>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+  }
+#endif
 LEAML_RELEVANCE(relevance_f32_f32, float, float)
 LEAML_RELEVANCE(relevance_bf16_bf16, bf16, bf16)
 LEAML_RELEVANCE(relevance_f16_f16, fp16, fp16)
 LEAML_RELEVANCE(relevance_bf16_f32, bf16, float)
 LEAML_RELEVANCE(relevance_f16_f32, fp16, float)
+
+// --- element-wise loops ----------------------------------------------------------------------------------------------
 
 template <class T>
 LEAML_HD void load_body(const T* source, int64_t stride, int64_t n, float* __restrict out) {
@@ -140,11 +289,25 @@ LEAML_CLONES void add_columns_clones(const float* w, const float* g, int64_t n, 
 }
 
 LEAML_CLONES void step_clones(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v,
-                              int64_t n, float unscale, float factor, const Hyper* hyper, const RowCoefficients* row) {
+                              int64_t n, float unscale, float factor, const Hyper* hyper, const RowCoefficients* row,
+                              Ahead ahead) {
   const Hyper h = *hyper;
   const RowCoefficients c = *row;
+  constexpr int64_t chunk = 64;
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    // a few lines at a time: a burst would stall on the processor's line buffers
+    if (ahead.w) {
+      for (int64_t i = 0; i < chunk * ahead.w_bytes; i += 64) __builtin_prefetch(ahead.w + begin * ahead.w_bytes + i);
+      for (int64_t i = 0; i < chunk * ahead.g_bytes; i += 64) __builtin_prefetch(ahead.g + begin * ahead.g_bytes + i);
+    }
+    if (ahead.m) {
+      for (int64_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead.m + begin + i);
+      for (int64_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead.v + begin + i);
+    }
+    const int64_t end = begin + chunk < n ? begin + chunk : n;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) adamw_element(w[i], (g[i] * unscale) * factor, m[i], v[i], h, c);
+    for (int64_t i = begin; i < end; ++i) adamw_element(w[i], (g[i] * unscale) * factor, m[i], v[i], h, c);
+  }
 }
 
 LEAML_CLONES void decode_clones(const uint8_t* __restrict code, float scale, int64_t n, bool is_signed,
@@ -194,6 +357,12 @@ LEAML_CLONES void encode_clones(const float* __restrict values, int64_t n, bool 
 void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes) {
   if (wt == Type::f32) return relevance_f32_f32(w, g, n, lanes);
   if (wt == Type::bf16) return gt == Type::f32 ? relevance_bf16_f32(w, g, n, lanes) : relevance_bf16_bf16(w, g, n, lanes);
+#if defined(LEAML_DISPATCH)
+  if (gt == Type::f16 && level() >= 3) {
+    const fp16 *a = static_cast<const fp16*>(w), *b = static_cast<const fp16*>(g);
+    return level() == 4 ? relevance_f16_v4(a, b, n, lanes) : relevance_f16_v3(a, b, n, lanes);
+  }
+#endif
   return gt == Type::f32 ? relevance_f16_f32(w, g, n, lanes) : relevance_f16_f16(w, g, n, lanes);
 }
 
@@ -216,12 +385,18 @@ void add_columns(const float* w, const float* g, int64_t n, float* wg, float* ab
 void load(const void* source, Type type, int64_t stride, int64_t n, float* out) {
   if (type == Type::f32) return load_f32(source, stride, n, out);
   if (type == Type::bf16) return load_bf16(source, stride, n, out);
+#if defined(LEAML_DISPATCH)
+  if (stride == 1 && level() >= 3) return load_f16_v3(static_cast<const fp16*>(source), n, out);
+#endif
   load_f16(source, stride, n, out);
 }
 
 void store(const float* values, int64_t n, void* target, Type type, int64_t stride) {
   if (type == Type::f32) return store_f32(values, n, target, stride);
   if (type == Type::bf16) return store_bf16(values, n, target, stride);
+#if defined(LEAML_DISPATCH)
+  if (stride == 1 && level() >= 3) return store_f16_v3(values, n, static_cast<fp16*>(target));
+#endif
   store_f16(values, n, target, stride);
 }
 
@@ -233,8 +408,8 @@ void store_stochastic(const float* values, int64_t n, void* target, Type type, i
 }
 
 void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale, float factor, const Hyper& h,
-          const RowCoefficients& c) {
-  step_clones(w, g, m, v, n, unscale, factor, &h, &c);
+          const RowCoefficients& c, const Ahead& ahead) {
+  step_clones(w, g, m, v, n, unscale, factor, &h, &c, ahead);
 }
 
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out) {

@@ -8,9 +8,9 @@ namespace leaml::cpu {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int kLanes = 32;  // partial sums of a row reduction: fixed, so that no vector width changes a result
-constexpr int kTile = 1024;  // elements a step handles at once; a multiple of kBlock and of kLanes
+constexpr int kTile = 512;   // elements a step handles at once; a multiple of kBlock and of kLanes
 
-// 3 x kLanes partial sums: w*g, |w*g|, g*g of elements i with i % kLanes == lane.
+// 3 x kLanes partial sums: w*g, |w*g|, g*g. Which element joins which lane depends on its position and dtypes alone.
 struct Lanes {
   alignas(64) float wg[kLanes], abs_wg[kLanes], gg[kLanes];
 };
@@ -27,9 +27,16 @@ void load(const void* source, Type type, int64_t stride, int64_t n, float* out);
 void store(const float* values, int64_t n, void* target, Type type, int64_t stride);
 void store_stochastic(const float* values, int64_t n, void* target, Type type, int64_t stride, uint32_t key, int64_t column);
 
+// What will be read next: prefetched along the way. Null where nobody knows.
+struct Ahead {
+  const char *w = nullptr, *g = nullptr;
+  int64_t w_bytes = 0, g_bytes = 0;           // of an element
+  const float *m = nullptr, *v = nullptr;     // null for 8-bit states
+};
+
 // One AdamW step of n <= kTile elements. The gradient is multiplied by `unscale`, then by `factor`.
 void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale, float factor, const Hyper& h,
-          const RowCoefficients& c);
+          const RowCoefficients& c, const Ahead& ahead);
 
 // 8-bit states of n <= kTile elements whose first one starts a block; `column` is its position in the row.
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out);

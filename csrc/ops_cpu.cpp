@@ -171,15 +171,24 @@ void check_rows(const std::vector<Update>& updates) {
   }
 }
 
-void prefetch(const char* p, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(p + i, 1);
+// One line of each page of a row to come: its address translation is what takes longest.
+void touch_pages(const char* p, int64_t size) {
+  for (int64_t i = 0; i < size; i += 4096) __builtin_prefetch(p + i);
+  if (size > 0) __builtin_prefetch(p + size - 1);
 }
 
+// Rows of one age share their coefficients, whose exponentials cost as much as some hundred elements.
+struct Coefficients {
+  float step = -1.0f;
+  RowCoefficients values{};
+};
+
 // The j-th selected row of u: a tile at a time through L1.
-void step_row(const Update& u, size_t tensor, int64_t j, const Call& call) {
+void step_row(const Update& u, size_t tensor, int64_t j, const Call& call, Coefficients& known) {
   const int64_t row = u.rows[j], source = u.compact ? j : row;
   const float t = u.step[j] + 1.0f;
-  const RowCoefficients c = row_coefficients(call.hyper, call.lr, t);
+  if (t != known.step) known = {t, row_coefficients(call.hyper, call.lr, t)};
+  const RowCoefficients c = known.values;
   const bool eight_bit = u.m_scale != nullptr, stochastic = call.hyper.stochastic && !u.master;
   const uint32_t key = eight_bit || stochastic ? row_key(call.hyper.seed, int64_t(tensor), row, t) : 0u;
   const int64_t wb = bytes(u.w.dtype), gb = bytes(u.g.dtype), blocks = (u.width + kBlock - 1) / kBlock;
@@ -193,19 +202,22 @@ void step_row(const Update& u, size_t tensor, int64_t j, const Call& call) {
   if (fits && j + 1 < u.k) {
     next_w = u.w.data + u.rows[j + 1] * u.w.row_stride * wb;
     next_g = u.g.data + (u.compact ? j + 1 : u.rows[j + 1]) * u.g.row_stride * gb;
+    const int64_t later = std::min(j + 2, u.k - 1);
+    touch_pages(u.w.data + u.rows[later] * u.w.row_stride * wb, u.width * wb);
+    touch_pages(u.g.data + (u.compact ? later : u.rows[later]) * u.g.row_stride * gb, u.width * gb);
   }
   alignas(64) float w_buffer[cpu::kTile], g_buffer[cpu::kTile], m_buffer[cpu::kTile], v_buffer[cpu::kTile];
   for (int64_t column = 0; column < u.width; column += cpu::kTile) {
     const int64_t n = std::min<int64_t>(cpu::kTile, u.width - column), at = j * u.width + column;
-    const int64_t ahead = column + cpu::kTile;
-    if (fits && ahead < u.width) {
-      const int64_t m = std::min<int64_t>(cpu::kTile, u.width - ahead);
-      prefetch(w_row + ahead * wb, m * wb);
-      prefetch(g_row + ahead * gb, m * gb);
-    } else if (next_w) {
-      const int64_t m = std::min<int64_t>(cpu::kTile, u.width);
-      prefetch(next_w, m * wb);
-      prefetch(next_g, m * gb);
+    const int64_t coming = column + cpu::kTile;
+    cpu::Ahead ahead;
+    if (fits && coming < u.width)
+      ahead = {w_row + coming * wb, g_row + coming * gb, wb, gb};
+    else if (next_w)
+      ahead = {next_w, next_g, wb, gb};
+    if (!eight_bit && ahead.w) {
+      ahead.m = static_cast<float*>(u.m) + at + cpu::kTile;
+      ahead.v = static_cast<float*>(u.v) + at + cpu::kTile;
     }
     char* wp = w_row + column * u.w.col_stride * wb;
     float* w = w_buffer;
@@ -230,7 +242,7 @@ void step_row(const Update& u, size_t tensor, int64_t j, const Call& call) {
       m = static_cast<float*>(u.m) + at;
       v = static_cast<float*>(u.v) + at;
     }
-    cpu::step(w, g, m, v, n, call.unscale, call.factor, call.hyper, c);
+    cpu::step(w, g, m, v, n, call.unscale, call.factor, call.hyper, c, ahead);
     if (eight_bit) {
       cpu::encode(m, n, true, key, column, static_cast<uint8_t*>(u.m) + at, u.m_scale + block);
       cpu::encode(v, n, false, key, column, static_cast<uint8_t*>(u.v) + at, u.v_scale + block);
@@ -264,7 +276,8 @@ void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_a
   }
   for_items(int64_t(items.size()), elements, [&](int64_t index) {
     const Item& item = items[size_t(index)];
-    for (int64_t j = item.begin; j < item.end; ++j) step_row(updates[item.part], item.part, j, call);
+    Coefficients known;
+    for (int64_t j = item.begin; j < item.end; ++j) step_row(updates[item.part], item.part, j, call, known);
   });
 }
 
@@ -301,11 +314,12 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
     const Item& item = items[size_t(index)];
     const Update& u = updates[item.part];
     int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
+    Coefficients known;
     for (int64_t r = item.begin; r < item.end; ++r) {
       sums[item.part][size_t(r)] = row_sums(u.w, u.g, r);
       // the row and its gradient are still in the cache
       if (j < u.k && u.rows[j] == r) {
-        if (!call.skip) step_row(u, item.part, j, call);
+        if (!call.skip) step_row(u, item.part, j, call, known);
         ++j;
       }
     }

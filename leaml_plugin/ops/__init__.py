@@ -116,6 +116,28 @@ def _relevance_out(out: Sequence[Tensor], criteria: list[int], sizes: dict[int, 
 # --- relevance -------------------------------------------------------------------------------------------------
 
 
+def _check_relevance(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    out: Sequence[Tensor],
+    codes: list[int],
+    dims: list[int],
+    slots: list[int],
+) -> None:
+    sizes: dict[int, int] = {}
+    for i, (weight, grad, dim, slot) in enumerate(zip(weights, grads, dims, slots)):
+        _check_pair(i, weight, grad)
+        _check(weight.shape == grad.shape, f"gradient {i}: wanted {list(weight.shape)}, got {list(grad.shape)}")
+        _check(dim in (0, 1) and dim < weight.dim(), f"dims[{i}]: wanted 0 or 1 below {weight.dim()}, got {dim}")
+        _check(0 <= slot < len(out), f"slots[{i}]: wanted 0 to {len(out) - 1}, got {slot}")
+        size = weight.shape[dim]
+        _check(
+            sizes.setdefault(slot, size) == size,
+            f"slot {slot}: weight {i} has {size} neurons, an earlier part has {sizes[slot]}",
+        )
+    _relevance_out(out, codes, sizes)
+
+
 @torch.no_grad()
 def neuron_relevance_(
     weights: Sequence[Tensor],
@@ -161,25 +183,20 @@ def neuron_relevance_(
     _check(len(slot_list) == count, f"slots: wanted one for each of the {count} weights, got {len(slot_list)}")
     if not count:
         return torch.zeros((), dtype=torch.float32)
-    sizes: dict[int, int] = {}
-    for i, (weight, grad, dim, slot) in enumerate(zip(weights, grads, dim_list, slot_list)):
-        _check_pair(i, weight, grad)
-        _check(weight.shape == grad.shape, f"gradient {i}: wanted {list(weight.shape)}, got {list(grad.shape)}")
-        _check(dim in (0, 1) and dim < weight.dim(), f"dims[{i}]: wanted 0 or 1 below {weight.dim()}, got {dim}")
-        _check(0 <= slot < len(out), f"slots[{i}]: wanted 0 to {len(out) - 1}, got {slot}")
-        size = weight.shape[dim]
-        _check(
-            sizes.setdefault(slot, size) == size,
-            f"slot {slot}: weight {i} has {size} neurons, an earlier part has {sizes[slot]}",
-        )
-    views = _relevance_out(out, codes, sizes)
+    views = [target.unsqueeze(0) if target.dim() == 1 else target for target in out]
     device = weights[0].device
     args = (
         weights, grads, views, codes, dim_list, slot_list,
         _scalar("grad_scale", grad_scale, device), _scalar("found_inf", found_inf, device),
     )  # fmt: skip
     if native(device):
-        return torch.ops.leaml.neuron_relevance_(*args)
+        try:
+            return torch.ops.leaml.neuron_relevance_(*args)
+        except (RuntimeError, TypeError):
+            # the compiled op checks all before it changes any; its complaint is told as that of this function
+            _check_relevance(weights, grads, out, codes, dim_list, slot_list)
+            raise
+    _check_relevance(weights, grads, out, codes, dim_list, slot_list)
     return reference.neuron_relevance_(*args)
 
 
@@ -467,16 +484,25 @@ def sparse_adamw_(
         ValueError: shapes, dtypes or devices do not fit, or a state tensor is bf16 or fp16. RuntimeError (CPU): a
             row index out of range or out of order.
     """
-    _check_adamw(params, rows, grads, exp_avg, exp_avg_sq, steps, scales, masters, dense_only=False)
+    lists = (params, rows, grads, exp_avg, exp_avg_sq, steps)
     if not params:
+        _check_adamw(*lists, scales, masters, dense_only=False)
         return
     device = params[0].device
     tail = _adamw_tail(
         device, lr, betas, eps, weight_decay, maximize, clip_coef, grad_scale, found_inf, stochastic_rounding, seed
     )
-    op = torch.ops.leaml.sparse_adamw_ if native(device) else reference.sparse_adamw_
     first, second = scales if scales is not None else ((), ())
-    op(params, rows, grads, exp_avg, exp_avg_sq, steps, first, second, masters or (), *tail)
+    if native(device):
+        try:
+            torch.ops.leaml.sparse_adamw_(*lists, first, second, masters or (), *tail)
+        except (RuntimeError, TypeError):
+            # the compiled op checks all before it changes any; its complaint is told as that of this function
+            _check_adamw(*lists, scales, masters, dense_only=False)
+            raise
+    else:
+        _check_adamw(*lists, scales, masters, dense_only=False)
+        reference.sparse_adamw_(*lists, first, second, masters or (), *tail)
     _mark_changed(params)
 
 
@@ -512,20 +538,30 @@ def relevance_sparse_adamw_(
     nor scores change.
     """
     codes = _codes(criteria)
+    lists = (params, rows, grads, exp_avg, exp_avg_sq, steps)
     _check(len(out) == len(params), f"out: wanted one for each of the {len(params)} params, got {len(out)}")
-    _check_adamw(params, rows, grads, exp_avg, exp_avg_sq, steps, scales, masters, dense_only=True)
     if not params:
+        _check_adamw(*lists, scales, masters, dense_only=True)
         return torch.zeros((), dtype=torch.float32)
     views = _relevance_out(out, codes, {i: param.shape[0] for i, param in enumerate(params)})
     device = params[0].device
     tail = _adamw_tail(
         device, lr, betas, eps, weight_decay, maximize, clip_coef, grad_scale, found_inf, stochastic_rounding, seed
     )
-    op = torch.ops.leaml.relevance_sparse_adamw_ if native(device) else reference.relevance_sparse_adamw_
     first, second = scales if scales is not None else ((), ())
-    sqnorm = op(
-        params, rows, grads, exp_avg, exp_avg_sq, steps, first, second, masters or (), views, codes, *tail
-    )  # fmt: skip
+    if native(device):
+        try:
+            sqnorm = torch.ops.leaml.relevance_sparse_adamw_(
+                *lists, first, second, masters or (), views, codes, *tail
+            )  # fmt: skip
+        except (RuntimeError, TypeError):
+            _check_adamw(*lists, scales, masters, dense_only=True)
+            raise
+    else:
+        _check_adamw(*lists, scales, masters, dense_only=True)
+        sqnorm = reference.relevance_sparse_adamw_(
+            *lists, first, second, masters or (), views, codes, *tail
+        )  # fmt: skip
     _mark_changed(params)
     return sqnorm
 
