@@ -13,10 +13,12 @@ sum in another order, which can turn a tie between tokens, at about one token in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +86,11 @@ def generate(
     """Answer ``turns``; yields in their order, the samples of a turn one after the other.
 
     Args:
-        turns: any iterable; only a window of a few batches is held at a time.
+        turns: any iterable; only two windows of a few batches are held at a time, one of them in preparation.
         collator: of this model's processor; one with the default prompts if ``None``.
-        batch_size: rows a forward pass; a turn with ``num_samples`` takes that many rows. Picture and prompt are
-            processed and read by the model once for all its samples (in one batch).
+        batch_size: the most rows of a forward pass, halved where the accelerator's memory runs out; a turn with
+            ``num_samples`` takes that many rows. Picture and prompt are processed and read by the model once for all
+            samples of a turn (in one batch).
         max_new_tokens: the most tokens to write.
         sampling: ``None`` is greedy.
         num_samples: texts a turn; more than one needs ``sampling``.
@@ -142,28 +145,65 @@ def _generate(
         min_length=0,
     )
     per_window = max(1, _WINDOW * batch_size // num_samples)
-    was_training = loaded.model.training
-    stream = iter(turns)
-    while window := list(itertools.islice(stream, per_window)):
+    # whole turns in a batch where they fit: what two batches share is read twice
+    size = batch_size - batch_size % num_samples if num_samples <= batch_size else batch_size
+    for window in _ahead(turns, collator.prompt_features, per_window):
         # rows of (position in the window, sample, features); the samples of a turn share its tensors
-        rows = [
-            (position, sample, features)
-            for position, features in enumerate([collator.prompt_features(turn) for turn in window])
-            for sample in range(num_samples)
-        ]
+        rows = [(position, sample, f) for position, f in enumerate(window) for sample in range(num_samples)]
         rows.sort(key=lambda row: -len(row[2]))  # stable, and the longest first: memory runs out early or never
         done: dict[tuple[int, int], Generated] = {}
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            loaded.model.eval()
-            texts = _run(loaded, collator, config, [(r[2], r[1]) for r in batch], sampling, return_logprobs, stop)
-            loaded.model.train(was_training)
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + size]
+            try:
+                with _evaluating(loaded.model):
+                    some = [(features, sample) for _, sample, features in batch]
+                    texts = _run(loaded, collator, config, some, sampling, return_logprobs, stop)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise LeamlError(
+                        f"{batch[0][2].turn.where}: a turn of {len(batch[0][2])} tokens does not fit the memory; "
+                        "lower the processor's picture size (max_pixels) or load the model as bfloat16."
+                    ) from error
+                texts = None
+            if texts is None:  # outside the handler, whose traceback would keep the failed batch alive
+                torch.accelerator.empty_cache()
+                size = (len(batch) + 1) // 2
+                continue
             done.update(((row[0], row[1]), text) for row, text in zip(batch, texts))
+            start += len(batch)
             if bar:
                 bar.update(len(batch))
         yield from (done[key] for key in sorted(done))
     if bar:
         bar.close()
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and the former mode of the model afterwards."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def _ahead(turns: Iterable[Turn], encode: Callable[[Turn], Features], size: int) -> Iterator[list[Features]]:
+    """Windows of encoded turns; the next one is made by a thread while the model works on this one."""
+    stream = iter(turns)
+
+    def window() -> list[Features]:
+        return [encode(turn) for turn in itertools.islice(stream, size)]
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="leaml-pictures") as executor:
+        following = executor.submit(window)
+        while features := following.result():
+            following = executor.submit(window)
+            yield features
 
 
 @torch.no_grad()  # not inference_mode: what a model caches must stay usable in training
@@ -221,19 +261,15 @@ def score(
     """
     collator = collator if collator is not None else Collator(loaded.processor)
     bar = Progress(label, len(turns) if hasattr(turns, "__len__") else None, unit="text") if progress else None
-    stream = iter(turns)
-    was_training = loaded.model.training
-    while window := list(itertools.islice(stream, _WINDOW * batch_size)):
-        features = [collator.features(turn) for turn in window]
-        order = sorted(range(len(window)), key=lambda i: -len(features[i]))
-        scores = [0.0] * len(window)
+    for features in _ahead(turns, collator.features, _WINDOW * batch_size):
+        order = sorted(range(len(features)), key=lambda i: -len(features[i]))
+        scores = [0.0] * len(features)
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
             batch = loaded.to_device(collator.merge([features[i] for i in some], side="right", labels=True))
             labels = batch.pop("labels")
-            loaded.model.eval()
-            logits = loaded.model(**batch).logits
-            loaded.model.train(was_training)
+            with _evaluating(loaded.model):
+                logits = loaded.model(**batch).logits
             for row, i in enumerate(some):
                 where = (labels[row, 1:] != IGNORE).nonzero()[:, 0]
                 logprobs = logits[row, where].float().log_softmax(-1)

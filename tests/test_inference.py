@@ -74,8 +74,7 @@ def test_samples_share_one_reading_of_the_prompt(loaded, collator, turns, batch_
         shared = texts(loaded, turns[:3], collator, batch_size=batch_size, **options)
     finally:
         hook.remove()
-    long = [rows for rows, length in read if length > 1]
-    assert sum(long) == {6: 4, 12: 3}[batch_size]  # a turn that two batches share is read in both
+    assert sum(rows for rows, length in read if length > 1) == 3
     alone = texts(loaded, turns[:3], collator, batch_size=1, **options)
     assert [(o.id, o.sample, o.text) for o in shared] == [(o.id, o.sample, o.text) for o in alone]
     assert [o.logprob for o in shared] == pytest.approx([o.logprob for o in alone], abs=1e-3)
@@ -172,7 +171,7 @@ def test_turns_may_be_a_stream_and_are_read_as_needed(loaded, collator, turns):
 
     out = generate(loaded, stream(), collator=collator, batch_size=2, max_new_tokens=2, progress=False)
     next(out)
-    assert len(read) == 8  # one window
+    assert 8 <= len(read) <= 16  # a window, and perhaps the one in preparation
     assert len(list(out)) == len(turns) * 3 - 1
 
 
@@ -202,3 +201,27 @@ def test_impossible_settings_are_one_sentence(loaded, collator, turns):
         Sampling(temperature=0)
     with pytest.raises(LeamlError, match=r"top_p is 1\.5"):
         Sampling(top_p=1.5)
+
+
+def test_a_batch_that_does_not_fit_is_halved(loaded, collator, turns, monkeypatch):
+    want = texts(loaded, turns, collator, batch_size=8)
+    real, sizes = inference._run, []
+
+    def small_memory(loaded, collator, config, rows, *rest):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no")
+        return real(loaded, collator, config, rows, *rest)
+
+    monkeypatch.setattr(inference, "_run", small_memory)
+    assert texts(loaded, turns, collator, batch_size=8) == want
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    monkeypatch.setattr(inference, "_run", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(LeamlError, match=r"sample '\w+': a turn of \d+ tokens does not fit the memory"):
+        texts(loaded, turns, collator)
+
+
+def test_an_error_in_preparation_reaches_the_caller(loaded, collator, turns, tmp_path):
+    bad = dataclasses.replace(turns[0], images=(ImageRef(str(tmp_path / "none.png")),), source="x.jsonl line 3")
+    with pytest.raises(LeamlError, match=r"x.jsonl line 3: .*no such picture"):
+        texts(loaded, [*turns, bad], collator)

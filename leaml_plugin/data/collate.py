@@ -14,6 +14,7 @@ token (``eos`` where the template has none).
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,10 @@ from leaml_plugin.records import ImageRef
 
 IGNORE = -100
 """The label of a token that no loss is taken on (``torch.nn.functional.cross_entropy``'s default)."""
+
+# Fast tokenizers may not encode in one thread while another decodes ("Already borrowed"), and pictures are prepared in
+# a thread beside generation. One lock for all keeps collators picklable.
+_TOKENIZING = threading.RLock()
 
 _MEDIA_PREFIXES = ("pixel_", "image_", "video_", "aspect_", "spatial_")
 _PROBE_PROMPT, _PROBE_TARGET = "leamlprobeprompt", "leamlprobetarget"
@@ -162,7 +167,8 @@ class Collator:
 
     def decode(self, ids: Tensor) -> str:
         """Generated ids as text, without special tokens and surrounding white space."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        with _TOKENIZING:
+            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     # -- the template ----------------------------------------------------------------------------------------------
 
@@ -242,7 +248,10 @@ class Collator:
     # -- tokens ----------------------------------------------------------------------------------------------------
 
     def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]) if text else []
+        if not text:
+            return []
+        with _TOKENIZING:
+            return list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
     def _target_ids(self, target: str) -> list[int]:
         # SentencePiece tokenizers put a space before the first word of what they are given. With the end of the prompt
@@ -280,7 +289,8 @@ class Collator:
         if pictures:
             kwargs["images"] = [pictures]
         try:
-            return dict(self.processor(text=[text], return_tensors="pt", truncation=False, **kwargs))
+            with _TOKENIZING:
+                return dict(self.processor(text=[text], return_tensors="pt", truncation=False, **kwargs))
         except ValueError as error:
             raise LeamlError(f"{where}: the processor refuses it ({str(error).splitlines()[0]})") from error
 
