@@ -21,11 +21,12 @@ from leaml_plugin.metrics import Estimate
 from leaml_plugin.report.words import has_interval, number
 
 WIDTH = 360
+BEYOND = 1e30  # a value of this size or more is no measurement, and its square no float
 
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: ``(x, y)`` with x increasing; what is not finite is left out."""
+    """A named line: ``(x, y)`` with x increasing; what is not finite, or beyond all measure, is left out."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -86,19 +87,19 @@ def lines(series: Sequence[Series], *, title: str, x_label: str = "step", y_labe
     clean = [
         Series(s.name, pts)
         for s in series
-        if len(pts := thin([(x, y) for x, y in s.points if y is not None and math.isfinite(y)])) > 1
+        if len(pts := thin([(x, y) for x, y in s.points if y is not None and abs(y) < BEYOND])) > 1
     ]
     if not clean:
         return Markup("")
     means = [smooth(s.points) for s in clean]
     low, high = min(y for m in means for _, y in m), max(y for m in means for _, y in m)
-    logarithmic = low > 0 and high / low > 10
+    logarithmic = low > 1 / BEYOND and high / low > 10
     # the axis covers the means and what of the raw lines lies near; single outliers are clipped
     raw = [y for s in clean for _, y in s.points]
     top = min(max(raw), high * 1.25) if high > 0 else max(raw)
     bottom = max(min(raw), low * 0.8) if logarithmic else min(0.0, min(raw))
     if top <= bottom:
-        top = bottom + 1.0
+        top = bottom + max(1.0, 0.1 * abs(bottom))
     height, left, right, above, below = 220, 40, 64, 26, 34
     x0, x1 = min(s.points[0][0] for s in clean), max(s.points[-1][0] for s in clean)
     to = math.log10 if logarithmic else float

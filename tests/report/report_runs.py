@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from leaml_plugin.artifacts import RunDirectory, StepLog, write_json, write_records
-from leaml_plugin.metrics import BlindMajority, clustered_macro_f1, clustered_mean, exact_match, normalise_question
+from leaml_plugin.metrics import exact_match
 from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA
-from leaml_plugin.stages import filter
+from leaml_plugin.stages import evaluate, filter
 
 QUESTIONS = {
     "Is there a polyp in the image?": ["yes", "no"],
@@ -173,22 +173,5 @@ class MakeRun:
             for qa in test
             for text in [said(qa)]
         ]
-        clusters = [qa.images[0].uri for qa in test]
-        blind = BlindMajority((qa.question, qa.answer) for qa in known)
-        hits = [float(p.correct) for p in predictions]
-        base = [float(exact_match(blind.answer(qa.question), qa.answer)) for qa in test]
-        macro = clustered_macro_f1(
-            [normalise_question(qa.question) for qa in test],
-            [qa.answer for qa in test],
-            [p.prediction for p in predictions],
-            clusters,
-        )
-        estimates = {
-            "exact_match": clustered_mean(hits, clusters),
-            "set_f1": clustered_mean(hits, clusters),
-            "macro_f1": macro,
-            "blind_majority": clustered_mean(base, clusters),
-            "above_blind": clustered_mean([h - b for h, b in zip(hits, base)], clusters),
-        }
         write_records(stage.file("predictions.jsonl"), predictions)
-        write_json(stage.file("metrics.json"), {name: dataclasses.asdict(e) for name, e in estimates.items()})
+        write_json(stage.file("metrics.json"), evaluate.summarise(test, predictions, known))
