@@ -63,7 +63,7 @@ class Protocol:
     pseudo_share: float = 0.5
     agreement: float = 0.5
     known_questions: bool = False
-    min_logprob: float = float("-inf")
+    min_logprob: float | None = None
     lora_rank: int = 16
 
     def __post_init__(self):

@@ -1,0 +1,251 @@
+"""The study end to end on a random checkpoint: every method, resumption, tables, page, plot and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from leaml_plugin import study as command
+from leaml_plugin.errors import LeamlError
+from leaml_plugin.study import summary, tuning
+from leaml_plugin.study.protocol import GRID, LEARNING_RATES, METHODS, ORDER, Protocol, check_methods, trained
+from leaml_plugin.study.runner import Job, identity, load_results, resolve, result_path, run_all
+
+
+@pytest.fixture(scope="module")
+def results(study, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("results")
+    jobs = [Job("endoscopy", method, 0.25, seed) for method in ORDER for seed in (0, 1)]
+    paths, left = run_all(study, jobs, directory)
+    assert left == 0 and len(paths) == 2 * len(ORDER)
+    return directory, paths
+
+
+def test_every_method_runs_and_says_what_it_did(results):
+    for result in load_results(results[1]):
+        spec = METHODS[result["method"]]
+        assert 0 <= result["accuracy"] <= 1 and result["questions"]["count"] == 12
+        assert result["label_pictures"] == (12 if spec.every_label else 3)
+        assert (result["forgetting"] is None) == (spec.kind == "blind")
+        assert bool(result.get("pseudo")) == (spec.kind == "pseudo")
+        assert set(result["code"]) == {"version", "commit", "sources", "torch"}
+        stages = result["config"]["stages"]
+        steps = sum(stages[name]["train"]["steps"] for name in ("generator", "joint", "finetune") if name in stages)
+        assert steps == (4 if trained(result["method"]) else 0), "equal optimizer steps"
+
+
+def test_ablations_differ_where_they_should(study):
+    def stages(method):
+        return resolve(study.protocol, method, 0, 1e-3, 1e-3)["stages"]
+
+    ours = stages("leaml")
+    assert stages("no-distillation")["generator"]["caption_weight"] == 0 < ours["generator"]["caption_weight"]
+    for method, choice in (("all-neurons", "all"), ("random-neurons", "random")):
+        other = stages(method)
+        assert other["relevance"]["choice"] == choice
+        other["relevance"]["choice"] = ours["relevance"]["choice"]
+        assert other == ours
+
+
+def test_a_method_moves_what_it_says(study):
+    import torch
+
+    def changed(method):
+        world, budget = study.world("endoscopy"), study.world("endoscopy").labels(0.25, 0)
+        tuned, _ = study._adapt(world, METHODS[method], budget, 0, method, 1e-2, 1e-2)
+        before = dict(study.base.model.named_parameters())
+        after = dict(tuned.model.named_parameters())
+        return {n for n, p in before.items() if n in after and not torch.equal(p, after[n])}, set(after) - set(before)
+
+    moved, new = changed("attention")
+    assert moved and not new and all(".self_attn." in n and n.endswith("_proj.weight") for n in moved)
+    moved, new = changed("lora")
+    assert not moved and any("lora_A" in n for n in new)
+    moved, _ = changed("full")
+    assert moved and not any(".visual." in n for n in moved)
+    assert any(".visual." in n for n in changed("full-vision")[0])
+
+
+def test_equal_runs_give_equal_results(study):
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        twice = [study.run("endoscopy", "leaml", 0.25, 0) for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    for result in twice:
+        for name in ("seconds", "train_seconds"):
+            del result[name]
+    assert twice[0] == twice[1]
+
+
+def test_results_are_skipped_when_there_and_half_files_never_are(study, results, monkeypatch):
+    directory, paths = results
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    monkeypatch.setattr(study, "run", lambda **job: pytest.fail(f"{job} was run again"))
+    again, left = run_all(study, [Job("endoscopy", "full", 0.25, 0), Job("endoscopy", "leaml", 0.25, 1)], directory)
+    assert not left and set(again) <= set(paths)
+    assert before == {path: path.stat().st_mtime_ns for path in paths}
+
+    def killed(**job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(study, [Job("endoscopy", "full", 0.25, 7)], directory)
+    assert sorted(directory.rglob("*")) == sorted(
+        {*paths, *(p for q in paths for p in q.parents if directory in p.parents)}
+    )
+    assert run_all(study, [Job("endoscopy", "full", 0.25, 7)], directory, stop_after=-1) == ([], 1)
+
+
+def test_a_changed_setting_is_another_result(study, tmp_path):
+    def path(method, seed=0, **changes):
+        protocol = dataclasses.replace(study.protocol, **changes)
+        config = resolve(protocol, method, seed, None, None)
+        return result_path(tmp_path, identity("c" * 64, "endoscopy", method, 0.01, seed, config))
+
+    assert path("leaml") != path("leaml", density=0.3)
+    assert path("full") == path("full", density=0.3), "what a method does not use does not name its results"
+    assert path("full") != path("full", steps=6)
+    one, two = (
+        identity("c", "endoscopy", "leaml", 0.01, s, resolve(study.protocol, "leaml", s, None, None)) for s in (0, 1)
+    )
+    assert one["setting"] == two["setting"]
+
+
+def test_rows_pair_seeds_and_questions(results):
+    loaded = load_results(results[1])
+    table = summary.rows(loaded)
+    assert [r.method for r in table] == list(ORDER) and all(r.seeds == [0, 1] for r in table)
+    data = summary.summary(loaded)
+    for row in data["rows"]:
+        assert set(row) >= {"world", "method", "labels", "seeds", "accuracy", "ci95", "blind_majority", "forgetting"}
+    assert {c["other"] for c in data["comparisons"]} == set(ORDER) - {"leaml"}
+    json.dumps(data, allow_nan=False)
+
+
+def test_results_under_two_settings_are_two_rows(results):
+    loaded = load_results(results[1])
+    other = [{**r, "setting": "another"} for r in loaded if r["method"] == "leaml"]
+    assert len(summary.rows([*loaded, *other])) == len(ORDER) + 1
+
+
+def fake(method, seed, marks, labels=0.01):
+    from leaml_plugin.study.statistics import pack_bits
+
+    share = sum(marks) / len(marks)
+    pictures = [i // 2 for i in range(len(marks))]
+    return {
+        "world": "endoscopy", "method": method, "labels": labels, "seed": seed, "setting": method,
+        "checkpoint": "c" * 64, "accuracy": share, "interval": [0.0, 1.0], "blind": {"labels": 0.2, "oracle": 0.3},
+        "label_questions": round(16000 * labels), "by_template": {"polyps": {"accuracy": share, "n": len(marks)}},
+        "forgetting": None if method == "blind" else {"qa_points": 0.5, "caption_loss": 0.1},
+        "pseudo": {"accuracy": 0.6} if method == "leaml" else None,
+        "questions": {"hash": "h", "count": len(marks), "pictures": pictures, "correct": pack_bits(marks)},
+    }  # fmt: skip
+
+
+def test_the_verdict_names_the_best_baseline_and_the_goals():
+    def marks(n):
+        return [i < n for i in range(100)]
+
+    loaded = [
+        fake(method, seed, marks(n + seed))
+        for method, n in (("blind", 30), ("full", 50), ("joint", 55), ("leaml", 70), ("all-labels", 75))
+        for seed in range(3)
+    ]
+    table = summary.rows(loaded)
+    assert summary.best_baseline(table, "endoscopy", 0.01).method == "joint"
+    text = summary.page(loaded)
+    assert (
+        "+15.0 points" in text and METHODS["joint"].title in text and "93.4 % of all labels (goal: 90 %, met)" in text
+    )
+    assert "0.5 points (goal: at most 1, met)" in text
+    lost = summary.page([r for r in loaded if r["method"] != "leaml"] + [fake("leaml", s, marks(40)) for s in range(3)])
+    assert "-16.0 points" in lost and "missed" in lost
+
+
+def test_the_plot_is_written_and_repeats(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot is optional: pip install 'leaml_plugin[report]'")
+    from leaml_plugin.study.plot import draw
+
+    loaded = [
+        fake(method, seed, [i % 3 < 2 for i in range(60 + seed)], labels)
+        for method in ("blind", "full", "leaml", "all-labels")
+        for seed in range(2)
+        for labels in (0.01, 0.1)
+    ]
+    for name in ("a.svg", "b.svg"):
+        draw(loaded, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert b"LEAML" in (tmp_path / "a.svg").read_bytes() or (tmp_path / "a.svg").stat().st_size > 10_000
+    with pytest.raises(LeamlError, match="no results"):
+        draw([], tmp_path / "c.svg")
+
+
+def test_tuning_covers_every_trained_method_alike():
+    jobs = [*tuning.first_jobs(ORDER, 0.01, [0]), *tuning.second_jobs(ORDER, 0.01, [0], 1e-3)]
+    assert {job.world for job in jobs} == {"garden"}
+    for method in filter(trained, ORDER):
+        assert sorted(job.rate for job in jobs if job.method == method) == sorted(GRID)
+    assert set(LEARNING_RATES) <= set(filter(trained, ORDER)) and set(LEARNING_RATES.values()) <= set(GRID)
+
+
+def test_the_best_rate_is_the_most_accurate_one():
+    found = {"full": {1e-3: 0.5, 3e-3: 0.6, 3e-4: 0.6}}
+    assert tuning.best(found) == {"full": 3e-4}
+
+
+def arguments(*more):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(list(more))
+
+
+def settings(protocol):
+    changed = {k: v for k, v in dataclasses.asdict(protocol).items() if v != getattr(Protocol(), k)}
+    return [part for k, v in changed.items() for part in ("--set", f"{k}={json.dumps(v)}")]
+
+
+def test_the_command_resumes_summarises_and_writes_the_page(results, checkpoint, small, tmp_path, capsys):
+    directory, _ = results
+    page = tmp_path / "study.md"
+    page.write_text(f"# Study\n{command.MARKS[0]}\nold\n{command.MARKS[1]}\nThe end.\n")
+    common = ["--results", str(directory), "--checkpoint", str(checkpoint), "--labels", "0.25", "--seeds", "2"]
+    common += [*settings(small), "--world", "endoscopy", "--methods", "leaml", "full"]
+    assert command.main(arguments(*common, "--summary", "--json", str(tmp_path / "s.json"), "--page", str(page))) == 0
+    out = capsys.readouterr().out
+    assert "LEAML" in out and "Full fine-tuning" in out
+    assert {row["method"] for row in json.loads((tmp_path / "s.json").read_text())["rows"]} == {"leaml", "full"}
+    text = page.read_text()
+    assert "old" not in text and "| LEAML |" in text and text.endswith("The end.\n")
+    assert command.main(arguments(*common, "--time", "-1")) == 0, "all is there already"
+    assert "left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--world", "garden"], "unknown world to report on 'garden'"),
+        (["--methods", "laeml"], "did you mean 'leaml'"),
+        (["--seeds", "0"], "at least 1"),
+        (["--set", "density=high"], "study.density"),
+        (["--set", "steps=1"], "steps must be at least 2"),
+        (["--checkpoint", "nowhere"], "no model.safetensors"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(checkpoint, options, message):
+    with pytest.raises(LeamlError, match=message):
+        command.main(arguments("--checkpoint", str(checkpoint), *options))
+
+
+def test_methods_come_in_the_studys_order():
+    assert check_methods(["leaml", "blind"]) == ["blind", "leaml"]
+    assert set(ORDER) == set(METHODS)
