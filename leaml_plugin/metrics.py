@@ -157,7 +157,8 @@ class Estimate:
 
 
 def _cluster_index(clusters: Sequence[object]) -> tuple[np.ndarray, int]:
-    order = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    # by name, not by appearance: several processes hand their rows over in another order than one does
+    order = {name: i for i, name in enumerate(sorted(set(clusters), key=str))}
     return np.array([order[name] for name in clusters], dtype=np.intp), len(order)
 
 
@@ -191,7 +192,7 @@ def clustered_mean(
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
     index, count = _cluster_index(clusters)
     values = np.asarray(scores, dtype=np.float64)
-    mean = float(values.mean())
+    mean = math.fsum(scores) / len(scores)
     if count < 2:
         return Estimate(mean, math.nan, math.nan, len(values), count)
     sums = np.bincount(index, weights=values, minlength=count)
@@ -205,10 +206,8 @@ def _f1_counts(
 ) -> tuple[list[tuple[str, str]], list[tuple[int, int, int, int]]]:
     """The (template, answer item) classes, and events ``(row, class, is reference, is prediction)``."""
     wanted = [items(reference) for reference in references]
-    classes: dict[tuple[str, str], int] = {}
-    for template, reference in zip(templates, wanted, strict=True):
-        for item in sorted(reference):
-            classes.setdefault((template, item), len(classes))
+    known = {(template, item) for template, ref in zip(templates, wanted, strict=True) for item in ref}
+    classes = {key: i for i, key in enumerate(sorted(known))}
     events = []
     for row, (template, reference, prediction) in enumerate(zip(templates, wanted, predictions, strict=True)):
         got = items(prediction)

@@ -182,6 +182,26 @@ def test_intervals_are_reproducible_and_seeded():
     assert metrics.clustered_mean(scores, pictures) != metrics.clustered_mean(scores, pictures, seed=1)
 
 
+def test_the_order_of_the_rows_changes_no_bit():
+    """Two processes hand over even and odd rows; their scores must be those of one process."""
+    rng = random.Random(1)
+    rows = [
+        (rng.choice("qr"), rng.choice(["no", "yes", "2"]), rng.choice(["no", "yes", "2"]), i // 4) for i in range(80)
+    ]
+    scores = {(t, r, p, c): rng.random() for t, r, p, c in rows}
+    swapped = rows[::2] + rows[1::2]
+
+    def both(rows):
+        templates, references, predictions, pictures = zip(*rows)
+        return (
+            metrics.clustered_macro_f1(templates, references, predictions, pictures),
+            metrics.clustered_mean([float(r == p) for _, r, p, _ in rows], pictures),
+            metrics.clustered_mean([scores[row] for row in rows], pictures).value,
+        )
+
+    assert both(rows) == both(swapped)
+
+
 def test_one_picture_gives_no_interval():
     got = metrics.clustered_mean([1.0, 0.0], ["p", "p"])
     assert got.value == 0.5
@@ -204,7 +224,8 @@ def test_macro_f1_interval_resamples_pictures():
     references = [rng.choice(["no", "yes", "2"]) for _ in range(n)]
     predictions = [r if rng.random() < 0.6 else rng.choice(["no", "yes", "2"]) for r in references]
     pictures = [i // 3 for i in range(n)]
-    got = metrics.clustered_macro_f1(templates, references, predictions, pictures, resamples=300)
+    names = [f"picture {picture:02d}" for picture in pictures]
+    got = metrics.clustered_macro_f1(templates, references, predictions, names, resamples=300)
     draws = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), size=300)
     values = []
     for draw in draws:

@@ -121,7 +121,8 @@ def free_text(prediction: str, reference: str, *, cluster: str, complexity: int 
 def mean(rows: Sequence[Row | None]) -> float | None:
     """The mean of the rows' scores; ``None`` (printed as N/A) where the metric concerns none of them."""
     kept = [row["score"] for row in rows if row is not None]
-    return sum(kept) / len(kept) if kept else None
+    # exactly rounded: the order of the rows, which differs with the number of processes, must not show
+    return math.fsum(kept) / len(kept) if kept else None
 
 
 def interval(rows: Sequence[tuple[float, str]]) -> list[float] | None:

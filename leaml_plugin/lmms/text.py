@@ -11,6 +11,7 @@ it ``meteor`` is no number to compare, so it is ``None``; ``meteor_stem`` (words
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str], kind: str) -> f
     scores = [
         scorer.score(reference, prediction)[kind].fmeasure for prediction, reference in zip(predictions, references)
     ]
-    return sum(scores) / len(scores)
+    return math.fsum(scores) / len(scores)
 
 
 def meteor(predictions: Sequence[str], references: Sequence[str], *, synonyms: bool) -> float | None:
@@ -42,7 +43,7 @@ def meteor(predictions: Sequence[str], references: Sequence[str], *, synonyms: b
         module.single_meteor_score(split(reference), split(prediction), wordnet=wordnet)
         for prediction, reference in zip(predictions, references)
     ]
-    return sum(scores) / len(scores)
+    return math.fsum(scores) / len(scores)
 
 
 class _NoSynonyms:
