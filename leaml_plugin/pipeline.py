@@ -30,7 +30,7 @@ from leaml_plugin.artifacts import (
 from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.progress import track
 from leaml_plugin.records import QA, Picture, PseudoQA, to_json
-from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator
+from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator, verify
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts
@@ -59,7 +59,7 @@ class AdaptConfig:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         max_length: longest sample in tokens, picture tokens included; 0: the model's own limit.
         trust_remote_code: run code that comes with the model. Off unless you trust its author.
-        relevance, generator, generate, filter, finetune, evaluate: the stages' own configurations.
+        relevance, generator, generate, verify, filter, finetune, evaluate: the stages' own configurations.
     """
 
     model: str
@@ -78,11 +78,17 @@ class AdaptConfig:
     relevance: relevance.RelevanceConfig = field(default_factory=relevance.RelevanceConfig)
     generator: train_generator.GeneratorConfig = field(default_factory=train_generator.GeneratorConfig)
     generate: generate.GenerateConfig = field(default_factory=generate.GenerateConfig)
+    verify: verify.VerifyConfig = field(default_factory=verify.VerifyConfig)
     filter: filter.FilterConfig = field(default_factory=filter.FilterConfig)
     finetune: finetune.FinetuneConfig = field(default_factory=finetune.FinetuneConfig)
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
 
     def __post_init__(self):
+        for name in ("round_trip", "blind"):
+            if getattr(self.filter, name) and not getattr(self.verify, name):
+                raise LeamlError(f"filter.{name} needs the second answers of verify.{name}; set that to true as well.")
+        if self.verify.round_trip and self.generator.qa_task != "both":
+            raise LeamlError('verify.round_trip asks the generator plain questions; set generator.qa_task="both".')
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         if self.method == "leaml" and not self.unlabeled:
@@ -146,6 +152,7 @@ class Adaptation:
         selection = run.relevance()                  # which neurons matter for question answering
         generator = run.train_generator(selection)   # QA loss + caption distillation on those neurons
         shards = run.generate(generator)             # pseudo-QA for the unlabelled pictures
+        shards = run.verify(generator, shards)       # second answers, where the configuration asks for them
         pairs = run.filter(shards)                   # what may teach
         tuned = run.finetune(pairs, selection)       # labels + pseudo-labels
         metrics = run.evaluate(tuned)
@@ -207,6 +214,9 @@ class Adaptation:
         return generate.run(
             self.config.generate, self._stage("generate"), pictures=self.inputs.pictures, **self._tools(generator)
         )
+
+    def verify(self, generator: dict[str, Path], shards: Sequence[Path]) -> list[Path]:
+        return verify.run(self.config.verify, self._stage("verify"), shards=shards, **self._tools(generator))
 
     def filter(self, shards: Sequence[Path]) -> list[QA]:
         kept, _ = filter.run(self.config.filter, self._stage("filter"), shards=shards, labels=self.inputs.labels)
@@ -272,7 +282,7 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
     pairs: Sequence[QA] = ()
     if config.method == "leaml":
         generator = run.train_generator(selection)
-        shards = run.generate(generator)
+        shards = run.verify(generator, run.generate(generator))
         pairs = run.filter(shards)
     tuned = run.finetune(pairs, selection)
     metrics = run.evaluate(tuned) if run.inputs.questions else {}

@@ -56,8 +56,9 @@ class PseudoQA:
     """A question and answer that the QA generator wrote for an unlabelled picture.
 
     ``sample`` counts the draws of one picture from 0; ``logprob`` is the mean log-probability (nats per token)
-    of the written text under the generator; ``text`` is what it wrote, verbatim. ``reason`` is empty where the
-    filter kept the pair and otherwise names the filter that dropped it.
+    of the written text under the generator; ``text`` is what it wrote, verbatim. ``checks`` holds second answers to
+    the question (stage ``verify``). ``reason`` is empty where the filter kept the pair and otherwise names the filter
+    that dropped it.
     """
 
     picture_id: str
@@ -67,6 +68,7 @@ class PseudoQA:
     question: str = ""
     answer: str = ""
     logprob: float = 0.0
+    checks: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
     @property

@@ -82,6 +82,39 @@ def test_adapt_from_jpegs_and_a_jsonl(name, project, tiny_models, capsys):
     assert tree(run) == first
 
 
+def test_every_option_at_once(project, tiny_models):
+    """FFN neurons, QA free to move everything, both QA tasks, second answers, all filters, LoRA at the end."""
+    model = tiny_models("qwen2_5_vl")
+    settings = [
+        "relevance.granularity=ffn", "relevance.loss=both", "relevance.scope=model", "generator.qa_task=both",
+        "generator.qa_updates=all", "verify.round_trip=true", "verify.blind=true", "filter.round_trip=true",
+        "filter.blind=true", "filter.answer_share=0.5", "filter.min_logprob=-20", "generate.temperature=0.7",
+        "finetune.mode=lora", "finetune.train.schedule=linear", "generator.train.micro_batch=1",
+        "finetune.train.gradient_checkpointing=true",
+    ]  # fmt: skip
+    options = [word for setting in settings for word in ("--set", setting)]
+    assert cli.main(arguments(project, model, "run", *options)) == 0
+    stages = project / "run" / "stages"
+    assert (stages / "train_generator" / "model" / "model.safetensors").exists()
+    rows = [json.loads(line) for line in (stages / "verify" / "part-000000.jsonl").open()]
+    assert all(set(row["checks"]) in (set(), {"round_trip", "blind"}) for row in rows)
+
+
+def test_clips_are_lists_of_frames(project, tiny_models):
+    """Labels, unlabelled pictures and captions may be videos, given as their frames in order."""
+    frames = [f"images/{i}.jpg" for i in range(3)]
+    label = {"images": frames, "question": "Who has it?", "answer": "red"}
+    clip = {"id": "clip1", "images": frames[::-1]}
+    (project / "train.jsonl").write_text(json.dumps(label) + "\n")
+    (project / "clips.jsonl").write_text(json.dumps(clip) + "\n")
+    (project / "captions.jsonl").write_text(json.dumps({**clip, "caption": "A run."}) + "\n")
+    options = arguments(project, tiny_models("qwen2_5_vl"))
+    options[options.index("--unlabeled") + 1] = str(project / "clips.jsonl")
+    assert cli.main(options) == 0
+    rows = [json.loads(line) for line in (project / "run/stages/generate/part-000000.jsonl").open()]
+    assert {len(row["images"]) for row in rows} == {3}
+
+
 @pytest.mark.parametrize("mode", ["full", "lora", "selected"])
 def test_labels_only_baselines(mode, project, tiny_models, capsys):
     model = tiny_models("qwen2_5_vl")
@@ -237,6 +270,8 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--criterion", "tayler"], "did you mean 'taylor'"),
         (["--caption-weight", "-1"], "caption_weight must not be negative"),
         (["--max-length", "8"], "train.jsonl"),
+        (["--set", "filter.blind=true"], "filter.blind needs the second answers of verify.blind"),
+        (["--set", "verify.round_trip=true"], 'set generator.qa_task="both"'),
     ],
 )
 def test_bad_options(options, message, project, tiny_models, capsys):

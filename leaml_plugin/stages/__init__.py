@@ -6,6 +6,7 @@ stage                     reads                                                 
 ``relevance``             base model, labelled questions                          neuron scores, selection
 ``train_generator``       base model, labels, captions, selection                 the QA generator
 ``generate``              QA generator, unlabelled pictures                       pseudo-QA shards
+``verify`` (option)       QA generator, pseudo-QA shards                          shards with second answers
 ``filter``                pseudo-QA shards                                        kept pairs, dropped pairs
 ``finetune``              base model, labels, kept pairs                          the adapted VQA model
 ``evaluate``              any model, questions with answers                       predictions, metrics

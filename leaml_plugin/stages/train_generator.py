@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ADAPTER, MODEL = "adapter", "model"
 UPDATES = ("selected", "all")
+TASKS = ("generate", "both")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class GeneratorConfig:
         train: the loop; ``batch_size`` counts the labelled samples of a step.
         caption_batch: captioned pictures of a step; 0 takes as many as labelled samples.
         qa_weight, caption_weight: weights of the two losses; a caption weight of 0 turns distillation off.
+        qa_task: what the QA loss asks for: "generate", writing question and answer, or "both", that and answering
+            plain questions in equal parts (needed by the verify stage).
         qa_updates: what the QA loss may move: the "selected" neurons, or "all" parameters. Captions move the
             selected neurons in either case.
     """
@@ -46,11 +49,14 @@ class GeneratorConfig:
     caption_batch: int = 0
     qa_weight: float = 1.0
     caption_weight: float = 1.0
+    qa_task: str = "generate"
     qa_updates: str = "selected"
 
     def __post_init__(self):
         if self.qa_updates not in UPDATES:
             raise unknown_name("choice of what the QA loss updates", self.qa_updates, UPDATES)
+        if self.qa_task not in TASKS:
+            raise unknown_name("QA task", self.qa_task, TASKS)
         if self.qa_weight <= 0 or self.caption_weight < 0:
             raise LeamlError("generator: qa_weight must be positive and caption_weight must not be negative.")
 
@@ -75,7 +81,11 @@ def run(
     stored = model.dtype
     qa_turns = [prompts.generate_target(qa) for qa in labels]
     caption_turns = [turn for turn in map(prompts.caption, pictures) if turn.target]
-    qa = Objective("qa", [Stream("labels", qa_turns, config.train.batch_size)], config.qa_weight)
+    asked = config.train.batch_size // 2 if config.qa_task == "both" else 0
+    streams = [Stream("labels", qa_turns, config.train.batch_size - asked)]
+    if asked:
+        streams.append(Stream("questions", [prompts.vqa(qa) for qa in labels], asked))
+    qa = Objective("qa", streams, config.qa_weight)
     objectives = [qa]
     distils = config.caption_weight > 0
     if distils and not caption_turns:

@@ -1,5 +1,6 @@
 """Each filter drops what it should, keeps the rest, and every dropped pair carries one reason."""
 
+import dataclasses
 import json
 
 import pytest
@@ -67,6 +68,34 @@ def test_duplicates_are_told_by_normalised_text():
     kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
     assert [p.id for p in kept] == ["p1#0", "b#0"]
     assert [(p.id, p.reason) for p in dropped] == [("p1#1", "duplicate")]
+
+
+def test_second_answers():
+    agree = dataclasses.replace(pair("Is there text?", "no"), checks={"round_trip": " No.", "blind": "yes"})
+    differ = dataclasses.replace(pair("Is it red?", "no"), checks={"round_trip": "yes", "blind": "no"})
+    assert reasons([agree, differ], round_trip=True) == (["Is there text?"], ["round_trip"])
+    assert reasons([agree, differ], blind=True) == (["Is there text?"], ["blind"])
+    assert reasons([agree, differ])[1] == []
+    with pytest.raises(LeamlError, match=r"set verify\.blind=true"):
+        reasons([pair("Is there text?", "no")], blind=True)
+
+
+def test_near_duplicates_have_nearly_the_same_words_and_the_same_answer():
+    base, close = "What colour is the polyp in the picture?", "What colour is the polyp in this picture?"
+    assert reasons([pair(base, "pink"), pair(close, "pink")], near_duplicate=0.7)[1] == ["near_duplicate"]
+    assert reasons([pair(base, "pink"), pair(close, "red")], near_duplicate=0.7)[1] == []
+    assert reasons([pair(base, "pink"), pair(close, "pink", "b")], near_duplicate=0.7)[1] == []
+    assert reasons([pair(base, "pink"), pair(close, "pink")], near_duplicate=2.0)[1] == []
+
+
+def test_an_answer_beyond_its_share_leaves_least_likely_first():
+    pairs = [pair("Is there text?", "no", str(i), logprob=-i) for i in range(8)]
+    pairs += [pair("Is there text?", "yes", f"y{i}") for i in range(2)]
+    kept, dropped = filter.apply(FilterConfig(answer_share=0.5), pairs, [QA("1", (), "Is there text?", "yes")])
+    assert [p.picture_id for p in kept] == ["0", "1", "y0", "y1"]
+    assert {p.reason for p in dropped} == {"overrepresented"}
+    # the share that the labels show is always allowed: here "no" is every label
+    assert reasons(pairs, answer_share=0.5)[1] == []
 
 
 def test_run_writes_kept_dropped_and_counts_and_reads_them_again(tmp_path):
