@@ -13,6 +13,7 @@ token (``eos`` where the template has none).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections import OrderedDict
@@ -166,9 +167,10 @@ class Collator:
         return batch
 
     def decode(self, ids: Tensor) -> str:
-        """Generated ids as text, without special tokens and surrounding white space."""
+        """Generated ids as text, without special tokens, reasoning (``<think>…</think>``) and outer white space."""
         with _TOKENIZING:
-            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.rpartition("</think>")[2].strip()
 
     # -- the template ----------------------------------------------------------------------------------------------
 
@@ -263,18 +265,20 @@ class Collator:
 
     def _prompt(self, turn: Turn) -> Features:
         if self._pictures is not None:
-            known = self._pictures.recall(turn)
+            with _TOKENIZING:
+                known = self._pictures.recall(turn)
             if known is not None:
                 return known
         text = self._render(self._plain(turn.prompt), len(turn.images), ask=True)
-        try:
-            pictures = self._open(turn.images)
-        except LeamlError as error:
-            raise LeamlError(f"{turn.where}: {error}" if turn.source else str(error)) from error
-        sequence, media = self._split(self._process(text, pictures, turn.where))
-        features = Features(turn, sequence, media, len(sequence["input_ids"]))
-        if self._pictures is not None:
-            self._pictures.remember(features)
+        with _TOKENIZING if self._pictures is not None else contextlib.nullcontext():  # the cache is no two threads'
+            try:
+                pictures = self._open(turn.images)
+            except LeamlError as error:
+                raise LeamlError(f"{turn.where}: {error}" if turn.source else str(error)) from error
+            sequence, media = self._split(self._process(text, pictures, turn.where))
+            features = Features(turn, sequence, media, len(sequence["input_ids"]))
+            if self._pictures is not None:
+                self._pictures.remember(features)
         return features
 
     def _open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:

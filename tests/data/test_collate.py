@@ -195,3 +195,33 @@ def test_a_processor_without_template_is_one_sentence(loaded):
     bare.chat_template = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
     with pytest.raises(LeamlError, match="drops pictures"):
         Collator(bare)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_tokenizers_that_put_a_space_before_the_first_word(tiny_models, turns, scheme):
+    """The target's ids are those that the same answer has inside the rendered conversation (SentencePiece models)."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\u2581", "\n", *map(chr, range(33, 127))]
+    backend = Tokenizer(tokenizer_models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    processor = models.load_processor(tiny_models("llava"))
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", additional_special_tokens=["<image>"]
+    )
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    collator = Collator(processor)
+    batch = collator.encode(turns[0])
+    learned = batch["labels"][batch["labels"] != IGNORE].tolist()
+    assert learned[-1] == processor.tokenizer.eos_token_id
+    whole = processor.tokenizer("USER: Q ASSISTANT: " + turns[0].target, add_special_tokens=False)["input_ids"]
+    assert learned[:-1] == whole[-len(learned[:-1]) :]
+    assert processor.tokenizer.convert_ids_to_tokens(learned[:2]) == ["\u2581", "Y"]
+
+
+def test_reasoning_is_not_part_of_an_answer(collator):
+    ids = collator.tokenizer("<think>\nIs it? Yes.\n</think>\n\na polyp")["input_ids"]
+    assert collator.decode(torch.tensor(ids)) == "a polyp"
