@@ -16,10 +16,10 @@ demo: environment
 	$(LEAML) demo --output runs/demo
 
 test: environment
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
 
 test-fast: environment
-	$(VENV)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
 lint: environment
 	$(VENV)/bin/python -m ruff check .
