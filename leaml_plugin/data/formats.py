@@ -19,13 +19,15 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from leaml_plugin.data import hub
 from leaml_plugin.data.images import SUFFIXES, hf_uri
 from leaml_plugin.errors import LeamlError
+from leaml_plugin.progress import track
 from leaml_plugin.records import QA, ImageRef, Picture
 
 # Names under which real data sets keep these; the first is ours.
@@ -58,7 +60,7 @@ def load_labeled(path: str | os.PathLike[str], image_root: str | os.PathLike[str
     """
     name, split = _split_of(path)
     out: list[QA] = []
-    for record in _records(name, split, image_root, "questions and answers"):
+    for record in track(_records(name, split, image_root, "questions and answers"), f"reading {name}", unit="record"):
         out.extend(_labels(record))
     if not out:
         raise LeamlError(f"{name}: has no samples; add at least one question with its answer.")
@@ -87,7 +89,8 @@ def load_unlabeled(path: str | os.PathLike[str], captions: str | os.PathLike[str
     if root.is_dir() and not hub.is_dataset_directory(root):
         pictures = _directory(root)
     else:
-        found = [_unlabeled(record) for record in _records(name, split, None, "pictures")]
+        records = track(_records(name, split, None, "pictures"), f"reading {name}", unit="record")
+        found = [_unlabeled(record) for record in records]
         if not found:
             raise LeamlError(f"{name}: has no pictures; add at least one record with an image.")
         unique: dict[str, Picture] = {}
@@ -128,6 +131,12 @@ class _Paths:
     """Where picture paths of one file may lead."""
 
     roots: tuple[Path, ...]  # in the order in which they are searched
+    _known: dict[str, Path] = field(default_factory=dict)  # several questions about one picture look it up once
+    _folders: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _inside(self) -> list[str]:
+        return [os.path.realpath(root) for root in self.roots]
 
     def resolve(self, value: Any, source: str, field: str) -> Path:
         """The absolute path of a file or directory that ``value`` names."""
@@ -142,25 +151,36 @@ class _Paths:
             raise LeamlError(
                 f"{source}: field {field!r} is a path ({_short(value)}); give the image root it lies under."
             )
-        places = [Path(os.path.abspath(r / value)) for r in self.roots]
-        try:
-            place = next((p for p in places if p.exists()), None)
-        except OSError as error:  # a name longer than the system allows
-            raise LeamlError(f"{source}: field {field!r} is no path ({error.strerror}): {_short(value)}") from error
-        inside = [Path(os.path.realpath(r)) for r in self.roots]
+        if value not in self._known:
+            self._known[value] = self._find(value, source, field)
+        return self._known[value]
+
+    def _find(self, value: str, source: str, field: str) -> Path:
+        places = [os.path.abspath(os.path.join(root, value)) for root in self.roots]
+        place = next((p for p in places if os.path.exists(p)), None)
         # refused before "missing": the answer must not tell what exists outside
-        for candidate in [place] if place is not None else places[:1]:
-            real = Path(os.path.realpath(candidate))
-            if not any(real == r or r in real.parents for r in inside):
-                allowed = " and ".join(str(r) for r in self.roots)
-                raise LeamlError(
-                    f"{source}: field {field!r} leads outside {allowed} ({_short(value)}); "
-                    "move the picture there, or give the directory that it may come from as the image root."
-                )
+        real = self._real(place or places[0])
+        if not any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self._inside):
+            allowed = " and ".join(str(r) for r in self.roots)
+            raise LeamlError(
+                f"{source}: field {field!r} leads outside {allowed} ({_short(value)}); "
+                "move the picture there, or give the directory that it may come from as the image root."
+            )
         if place is None:
-            tried = " nor ".join(str(p) for p in dict.fromkeys(places))
+            if max(map(len, value.split("/"))) > 255:
+                raise LeamlError(f"{source}: field {field!r} is no path (too long a name): {_short(value)}")
+            tried = " nor ".join(dict.fromkeys(places))
             raise LeamlError(f"{source}: field {field!r}: no file {tried}; correct the path or add the picture.")
-        return place
+        return Path(place)
+
+    def _real(self, path: str) -> str:
+        """``os.path.realpath``, with the folders looked up once."""
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return os.path.join(self._folders[folder], name)
 
 
 def _split_of(path: str | os.PathLike[str]) -> tuple[str, str | None]:

@@ -79,6 +79,14 @@ def test_json_and_csv(folder):
     assert qa.question == "What, here?" and names(qa) == ["a.png"] and qa.source.endswith("line 2")
 
 
+def test_a_directory_in_the_manner_of_imagefolder(folder):
+    write(folder / "images", [{"file_name": "a.png", "question": "What?", "answer": "x"}], "metadata.jsonl")
+    [qa] = load_labeled(folder / "images")
+    assert names(qa) == ["a.png"] and qa.source.endswith("metadata.jsonl line 1")
+    captions = write(folder / "images", [{"file_name": "b.png", "text": "green"}], "captions.jsonl")
+    assert [p.caption for p in load_unlabeled(folder / "images", captions=captions)][1] == "green"
+
+
 def test_options_are_shown(folder):
     row = {**ROW, "options": {"A": "goal", "B": 3, "C": None}}
     assert load_labeled(write(folder, [row]))[0].question == "Is there a polyp?\nA. goal\nB. 3"
