@@ -30,6 +30,7 @@ WRITE_PROMPTS = (
     "Write one question that a specialist would ask about this picture, and its short answer. Use this form:\n"
     "Question: <question>\nAnswer: <answer>",
 )
+PLACES_PROMPTS = ("List the objects by position.", "What is where in the image?")
 SHORT_REQUEST = "Answer with a single word or a short phrase."
 
 _STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -599,6 +600,11 @@ def phrased(rng: Rng, qa: WorldQA) -> str:
 def written(qa: WorldQA) -> str:
     """The target of a request to write a question with its answer: two lines."""
     return f"Question: {' '.join(qa.prompt.split())}\nAnswer: {qa.answer}"
+
+
+def places(things: tuple[Thing, ...]) -> str:
+    """The things in reading order, place first: ``upper-left: large red circle; center: tiny blue bar``."""
+    return join([f"{t.position}: {t.size} {t.color} {t.shape}" for t in sorted(things, key=lambda t: t.cell)])
 
 
 def cell_labels(things: tuple[Thing, ...]) -> np.ndarray:

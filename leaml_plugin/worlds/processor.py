@@ -7,6 +7,8 @@ Does not cover training (``pretrain``).
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaml_plugin.worlds.raster import SIZE
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 PATCH, MERGE = 16, 2
 VOCABULARY = 1280
+TOKENIZER = Path(__file__).with_name("tokenizer.json")
 SPECIAL = (
     "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
@@ -56,10 +59,13 @@ def corpus() -> list[str]:
     return lines
 
 
-def build_tokenizer() -> Any:
-    """A byte-level BPE of :data:`VOCABULARY` pieces as a ``PreTrainedTokenizerFast``."""
+def train_tokenizer() -> Any:
+    """Count the merges of a byte-level BPE of :data:`VOCABULARY` pieces anew.
+
+    The outcome is committed as ``tokenizer.json``, because a checkpoint is worth nothing without the very pieces it
+    was trained with, and they would change with any word of the general world. Save over it, then pre-train.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,8 +82,17 @@ def build_tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def build_tokenizer() -> Any:
+    """The committed tokenizer with its special tokens and chat template, as a ``PreTrainedTokenizerFast``."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_file(str(TOKENIZER)),
         eos_token=SPECIAL[END],
         pad_token=SPECIAL[PAD],
         additional_special_tokens=[s for s in SPECIAL if s not in (SPECIAL[END], SPECIAL[PAD])],

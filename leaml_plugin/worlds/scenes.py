@@ -168,8 +168,10 @@ def tell(things: list[tuple[Thing, bool, str]], ground: str) -> str:
 def teacher(rng: Rng, things: list[tuple[Thing, str]], ground: str) -> tuple[str, str]:
     """The true caption and the teacher's, for things paired with what they do (empty: they are still).
 
-    The teacher errs at the rates of ``TEACHER_NOISE``, each drawn independently for each thing.
+    Things come in reading order, what moves or changes first. The teacher errs at the rates of ``TEACHER_NOISE``,
+    each drawn independently for each thing.
     """
+    things = sorted(things, key=lambda pair: (not pair[1], pair[0].cell))
     noisy = []
     for thing, does in things:
         if rng.chance(TEACHER_NOISE["overlooked"]):

@@ -57,7 +57,11 @@ def test_the_checkpoint_loads_offline_through_the_auto_classes(tmp_path):
     scene = render("sports", 0)
     content = [*({"type": "image", "image": im} for im in scene.images()), {"type": "text", "text": "What is it?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert out.shape[1] <= inputs["input_ids"].shape[1] + 3
