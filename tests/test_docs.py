@@ -47,8 +47,8 @@ def test_pipeline_examples(file, number, tmp_path, monkeypatch, tiny_models, pic
     names = sorted(p.name for p in (tmp_path / "images").iterdir())
     labels = [{"image": f"images/{n}", "question": "Which colour?", "answer": "red"} for n in names[:3]]
     captions = [{"image": f"images/{n}", "caption": "A spot."} for n in names]
-    for file, rows in (("train", labels), ("test", labels), ("captions", captions)):
-        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for stem, rows in (("train", labels), ("test", labels), ("captions", captions)):
+        (tmp_path / f"{stem}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.chdir(tmp_path)
 
     # the examples keep the defaults; two steps are enough to see that they run
