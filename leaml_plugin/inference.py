@@ -370,13 +370,15 @@ class _Chooser(LogitsProcessor):
         stop: list[int],
         logprobs: bool,
     ):
-        self._start, self._sampling, self._keys, self._stop = prompt_length, sampling, keys, stop
-        self._logprobs = logprobs
+        self._start, self._sampling, self._logprobs = prompt_length, sampling, logprobs
+        self._keys = torch.tensor(keys or [], dtype=torch.int64)
+        self._stop = torch.tensor(stop, dtype=torch.int64)
         self._sum: Tensor | None = None
         self._count: Tensor | None = None
         self._open: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._keys, self._stop = self._keys.to(scores.device), self._stop.to(scores.device)
         if self._sampling is None:
             choice = scores.argmax(-1)
         else:
@@ -384,7 +386,7 @@ class _Chooser(LogitsProcessor):
             if self._sampling.top_p < 1:
                 logits = _nucleus(logits, self._sampling.top_p)
             step = input_ids.shape[1] - self._start
-            choice = (logits + gumbel(self._keys or [], step, scores.shape[1], scores.device)).argmax(-1)
+            choice = (logits + gumbel(self._keys, step, scores.shape[1])).argmax(-1)
         if self._logprobs:
             self._add(scores, choice)
         if self._sampling is None:
@@ -399,7 +401,7 @@ class _Chooser(LogitsProcessor):
         logprob = scores.gather(1, choice[:, None])[:, 0] - scores.logsumexp(-1)
         self._sum += torch.where(self._open, logprob, 0.0)
         self._count += self._open
-        self._open &= ~torch.isin(choice, torch.tensor(self._stop, device=choice.device))
+        self._open &= ~torch.isin(choice, self._stop)
 
     def means(self) -> list[float]:
         assert self._sum is not None and self._count is not None
@@ -420,17 +422,19 @@ def _key(seed: int, turn_id: str, sample: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def gumbel(keys: Sequence[tuple[int, int]], step: int, size: int, device: Any = "cpu") -> Tensor:
-    """Gumbel noise ``[len(keys), size]`` float32, a function of key, step and position alone.
+def gumbel(keys: Tensor, step: int, size: int) -> Tensor:
+    """Gumbel noise float32 ``[rows, size]``, a function of key, step and position alone.
+
+    Args:
+        keys: int64 ``[rows, 2]``, two 32-bit words a row; the noise is made on their device.
 
     A counter hash (two rounds of the 32-bit finaliser of Prospecting for Hash Functions, "lowbias32") in integer
     arithmetic, so the uniforms are the same on every device; 23 bits of them are used, which keeps them exact in
     float32 and strictly between 0 and 1.
     """
-    key = torch.tensor(keys, dtype=torch.int64, device=device)
-    position = torch.arange(size, dtype=torch.int64, device=device)
-    row = _mix(key[:, 0] ^ ((step * 0x9E3779B9 + 0x85EBCA6B) & _MASK32))
-    h = _mix((_mix(row[:, None] ^ position[None, :]) + key[:, 1:]) & _MASK32)
+    position = torch.arange(size, dtype=torch.int64, device=keys.device)
+    row = _mix(keys[:, 0] ^ ((step * 0x9E3779B9 + 0x85EBCA6B) & _MASK32))
+    h = _mix((_mix(row[:, None] ^ position[None, :]) + keys[:, 1:]) & _MASK32)
     uniform = ((h >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return uniform.log_().neg_().log_().neg_()
 

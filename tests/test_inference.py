@@ -82,6 +82,21 @@ def test_samples_share_one_reading_of_the_prompt(loaded, collator, turns, batch_
     assert one == 1
 
 
+def test_a_model_with_an_adapter_generates_the_same_way(loaded, turns):
+    from peft import LoraConfig, get_peft_model
+
+    base = models.load(loaded.path, device="cpu")
+    names = list(models.target_linears(base.model))
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=names, init_lora_weights=False)
+    adapted = models.Loaded(get_peft_model(base.model, config).eval(), base.processor, base.path)
+    options = {"sampling": SAMPLING, "num_samples": 3, "return_logprobs": True}
+    shared, alone = (texts(adapted, turns[:3], None, batch_size=n, **options) for n in (9, 1))
+    assert [o.text for o in shared] == [o.text for o in alone]
+    plain = texts(models.load(loaded.path, device="cpu"), turns[:3], None, batch_size=9, **options)
+    assert [o.text for o in shared] != [o.text for o in plain]
+
+
 def test_samples_seeds_and_turns_differ(loaded, collator, turns):
     same = [dataclasses.replace(turns[0], id=str(i)) for i in range(4)]
     hot = dataclasses.replace(SAMPLING, temperature=2.0, top_p=1.0)
@@ -101,7 +116,7 @@ def test_a_cold_sample_is_the_greedy_answer(loaded, collator, turns):
 def test_gumbel_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
     n = 20_000
-    keys = [inference._key(0, f"turn {i}", i % 3) for i in range(n)]
+    keys = torch.tensor([inference._key(0, f"turn {i}", i % 3) for i in range(n)])
     for step in (0, 7):
         noise = inference.gumbel(keys, step, 5)
         assert torch.isfinite(noise).all()
@@ -116,7 +131,7 @@ def test_gumbel_draws_follow_the_distribution():
 
 def test_gumbel_noise_is_pinned():
     """A changed hash would silently change every published sample."""
-    noise = inference.gumbel([(1, 2), (0xFFFFFFFF, 0)], 3, 2)
+    noise = inference.gumbel(torch.tensor([(1, 2), (0xFFFFFFFF, 0)]), 3, 2)
     want = torch.tensor([[0.455896258, 1.48267579], [-0.486749411, 3.28932595]])
     torch.testing.assert_close(noise, want, atol=1e-6, rtol=1e-6)
 
