@@ -7,6 +7,7 @@ Does not cover: layout (templates), drawing (``figures``), thumbnails (``gallery
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import heapq
 import json
@@ -30,9 +31,9 @@ from leaml_plugin.metrics import (
     normalise_question,
 )
 from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA
-from leaml_plugin.report.words import family_of
+from leaml_plugin.report.words import CHECKS, family_of
 
-STAGES = ("relevance", "train_generator", "generate", "filter", "finetune", "evaluate")
+STAGES = ("inputs", "relevance", "train_generator", "generate", "verify", "filter", "finetune", "evaluate")
 NOT_FILTERED = "not_filtered"
 
 
@@ -51,6 +52,19 @@ def open_run(run: RunDirectory | str | os.PathLike[str]) -> RunDirectory:
     return RunDirectory(path, fingerprint(read_json(record)))
 
 
+@dataclass(frozen=True)
+class Row:
+    """One question about a picture; ``notes`` are (what it is, text): a verbatim text, a second answer, the label."""
+
+    order: int
+    status: str
+    family: str
+    question: str
+    answer: str
+    notes: tuple[tuple[str, str], ...] = ()
+    logprob: float | None = None
+
+
 @dataclass
 class Shown:
     """One picture of a gallery with what was written about it, or asked of it."""
@@ -58,8 +72,7 @@ class Shown:
     id: str
     images: tuple[ImageRef, ...]
     caption: str = ""
-    #: (order, status, family, question, answer, note, logprob); a note is a verbatim text, or the label
-    rows: list[tuple[int, str, str, str, str, str, float | None]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -175,8 +188,6 @@ class Facts:
             yield from self._records("filter", "kept.jsonl", PseudoQA)
             yield from self._records("filter", "dropped.jsonl", PseudoQA)
             return
-        import dataclasses
-
         for path in self.stage("generate").shards():
             for pair in read_records(path, PseudoQA):
                 yield dataclasses.replace(pair, reason=NOT_FILTERED)
@@ -259,11 +270,15 @@ class Facts:
                 shown[picture.id] = Shown(picture.id, picture.images, picture.caption or "")
         for pair in self.pseudo():
             if pair.picture_id in shown:
-                verbatim = pair.text if not (pair.question and pair.answer) else ""
-                row = (pair.sample, pair.reason, family_of(pair.question), pair.question, pair.answer, verbatim)
-                shown[pair.picture_id].rows.append((*row, pair.logprob))
+                notes = [(CHECKS.get(name, f"{name}:"), text) for name, text in pair.checks.items()]
+                if not (pair.question and pair.answer):
+                    notes.append(("as written:", pair.text))
+                name = family_of(pair.question)
+                shown[pair.picture_id].rows.append(
+                    Row(pair.sample, pair.reason, name, pair.question, pair.answer, tuple(notes), pair.logprob)
+                )
         for entry in shown.values():
-            entry.rows.sort(key=lambda row: row[0])
+            entry.rows.sort(key=lambda row: row.order)
         return list(shown.values()), total
 
     # ------------------------------------------------------------------------------------------------- neurons
@@ -351,9 +366,8 @@ class Facts:
             name = Path(images[0].uri).name if images and not images[0].uri.startswith("hf:") else group[0].id
             entry = Shown(name, images)
             for n, p in enumerate(group):
-                status = "right" if p.correct else "wrong"
-                note = "" if p.correct else p.answer
-                entry.rows.append((n, status, family_of(p.question), p.question, p.prediction, note, None))
+                status, notes = ("right", ()) if p.correct else ("wrong", (("label:", p.answer),))
+                entry.rows.append(Row(n, status, family_of(p.question), p.question, p.prediction, notes))
             out.append(entry)
         return out, total
 

@@ -126,8 +126,15 @@ def build(
     texts, masks, cards = [], [], []
     for entry in entries:
         rows = [
-            [keys.index(status), families.index(fam), cut(question), cut(answer), cut(note), _finite(logprob)]
-            for _, status, fam, question, answer, note, logprob in entry.rows
+            [
+                keys.index(row.status),
+                families.index(row.family),
+                cut(row.question),
+                cut(row.answer),
+                [[name, cut(text)] for name, text in row.notes],
+                _finite(row.logprob),
+            ]
+            for row in entry.rows
         ]
         texts.append([without_machine(entry.id), cut(entry.caption), len(entry.images), rows])
         masks.append(sorted({row[0] * len(families) + row[1] for row in rows}))
@@ -181,8 +188,15 @@ def _card(
         "frames": frames,
         "thumb": thumb,
         "rows": [
-            {"key": keys[s], "status": statuses[keys[s]], "question": q, "answer": a, "note": note, "logprob": logprob}
-            for s, _, q, a, note, logprob in rows
+            {
+                "key": keys[s],
+                "status": statuses[keys[s]],
+                "question": q,
+                "answer": a,
+                "notes": notes,
+                "logprob": logprob,
+            }
+            for s, _, q, a, notes, logprob in rows
         ],
     }
 

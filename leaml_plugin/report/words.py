@@ -24,6 +24,10 @@ REASONS: Mapping[str, str] = {
     "inconsistent": "other samples of the same picture answer the same question differently",
     "duplicate": "the same question and answer were kept for this picture already",
     "unknown_question": "no label asks this question",
+    "round_trip": "asked the same question again, the generator answers otherwise",
+    "blind": "without the picture the generator gives the same answer",
+    "near_duplicate": "a question of nearly the same words with the same answer was kept for this picture",
+    "overrepresented": "the answer has more than its share among the answers to this question",
 }
 
 FAMILY_NAMES: Mapping[str, str] = {
@@ -35,6 +39,9 @@ FAMILY_NAMES: Mapping[str, str] = {
     "multilabel": "several answers",
     "": "no question",
 }
+
+#: What a second answer of the verify stage answers.
+CHECKS: Mapping[str, str] = {"round_trip": "asked again:", "blind": "without the picture:"}
 
 _THIN = "\u202f"  # narrow no-break space, between a number and its unit and between thousands
 _PATH = re.compile(r"(?:^(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|file:)|[/\\]\.\.[/\\])")

@@ -124,7 +124,8 @@ class MakeRun:
         elif kind < 0.13:
             answer = "a very long answer " * 10
         text = f"Question: {question}\nAnswer: {answer}" if question else "The picture shows a round thing and"
-        return PseudoQA(picture.id, picture.images, n, text, question, answer, -rng.random() * 2)
+        checks = {"round_trip": rng.choice([answer, "otherwise"]), "blind": "no"} if question and n == 1 else {}
+        return PseudoQA(picture.id, picture.images, n, text, question, answer, -rng.random() * 2, checks)
 
     @staticmethod
     def _inputs(stage, run, rng, known, test, pool, pairs, layers, skill):

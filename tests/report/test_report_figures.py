@@ -60,6 +60,14 @@ def test_any_log_gives_a_chart_that_parses_and_stays_inside(logs, name):
             assert 0 <= x <= figures.WIDTH and 0 <= y <= height
 
 
+def test_an_outlier_is_clipped_and_does_not_set_the_scale():
+    spike = [(float(i), 1000.0 if i == 50 else 1.0 + 0.01 * (i % 3)) for i in range(200)]
+    svg = figures.lines([Series("qa", spike)], title="t")
+    ys = [float(p.split(",")[1]) for p in re.search(r'class="raw s0" d="M([^"]+)"', svg).group(1).split("L")]
+    assert min(ys) == 26 and len([y for y in ys if y == 26]) == 1  # the upper edge of the frame, once
+    assert "1000" not in svg
+
+
 def test_a_loss_over_decades_is_logarithmic():
     falling = [(float(i), 8 * 0.9**i) for i in range(60)]
     assert "nats per token (logarithmic)" in figures.lines([Series("qa", falling)], title="t", y_label="nats per token")

@@ -22,7 +22,7 @@ from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import ImageRef, Picture, PseudoQA
 from leaml_plugin.report import gallery, words, write_report
 from leaml_plugin.report.facts import Facts, choose
-from leaml_plugin.stages import filter
+from leaml_plugin.stages import filter, verify
 
 STAGES = ("inputs", "relevance", "train_generator", "generate", "filter", "finetune", "evaluate")
 
@@ -64,6 +64,12 @@ def test_every_picture_is_in_the_gallery_with_its_pairs(shared_run, page):
     assert texts[2][2] == 3 and thumbs[2][1] > 2 * thumbs[2][2]  # three frames side by side
     for text, mask in zip(texts, index["masks"]):
         assert mask == sorted({row[0] * len(index["families"]) + row[1] for row in text[3]})
+    written = [json.loads(x) for p in shared_run.stage("generate").shards() for x in p.read_text().strip().split("\n")]
+    questions = [[w["question"] for w in written if w["picture_id"] == text[0]] for text in texts]
+    assert [[row[2] for row in text[3]] for text in texts] == questions  # in the order in which they were drawn
+    second = [note for text in texts for row in text[3] for note in row[4] if note[0] == "asked again:"]
+    assert len(second) == sum("round_trip" in w["checks"] for w in written) > 0
+    assert "without the picture:" in page.text()
     statuses = [key for key, _ in index["statuses"]]
     kept = sum(statuses[row[0]] == "" for t in texts for row in t[3])
     assert kept == Facts(shared_run).kept
@@ -333,8 +339,8 @@ def test_a_picture_listed_but_never_written_for_is_shown(tmp_path):
 
 
 def test_every_reason_of_the_filter_has_words():
-    for reason in (*filter.REASONS, "unknown_question"):
-        assert reason in words.REASONS
+    assert set(filter.REASONS) == set(words.REASONS)
+    assert {verify.ROUND_TRIP, verify.BLIND} == set(words.CHECKS)
     assert "'brand new'" in words.reason_text("brand_new")
 
 

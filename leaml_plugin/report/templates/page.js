@@ -125,7 +125,8 @@
           if (turn !== this.turn) return;
           const [id, caption, , rows] = text;
           const own = [id, caption].some((t) => t.toLowerCase().includes(words));
-          if (own || rows.some((row) => fits(row) && row.slice(2, 5).some((t) => t.toLowerCase().includes(words))))
+          const said = (row) => [row[2], row[3], ...row[4].map((note) => note[1])];
+          if (own || rows.some((row) => fits(row) && said(row).some((t) => t.toLowerCase().includes(words))))
             kept.push(i);
         }
         found = kept;
@@ -182,7 +183,7 @@
         span.textContent = " " + frames + " frames";
         card.querySelector(".id").after(span);
       }
-      for (const [status, , question, answer, note, logprob] of rows) {
+      for (const [status, , question, answer, notes, logprob] of rows) {
         const [key, word] = this.index.statuses[status];
         const item = pair.cloneNode(true);
         const good = key === "" || key === "right";
@@ -191,8 +192,14 @@
         item.querySelector(".word").textContent = word;
         item.querySelector(".question").textContent = question;
         item.querySelector(".answer").textContent = answer;
-        item.querySelector(".note").hidden = !note;
-        item.querySelector(".note .text").textContent = note;
+        const note = item.querySelector(".note");
+        for (const [lead, words] of notes) {
+          const copy = note.cloneNode(true);
+          copy.querySelector(".lead").textContent = lead;
+          copy.querySelector(".text").textContent = words;
+          note.before(copy);
+        }
+        note.remove();
         item.querySelector(".logprob").hidden = logprob === null;
         if (logprob !== null)
           item.querySelector(".logprob").textContent = logprob.toFixed(2).replace("-", "−") + " nats per token";
