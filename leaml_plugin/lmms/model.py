@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,10 @@ class Leaml(lmms):
             for chunk in [*self._chunks(requests), None]:
                 following = None if chunk is None else (chunk, ahead.submit(self._prepare, chunk))
                 if pending is not None:
-                    chunk_done, features = pending[0], pending[1].result()
+                    chunk_done, (conversations, batch) = pending[0], pending[1].result()
                     options = chunk_done[0][1].args[2] or {}
                     began = time.perf_counter()
-                    answers = self._generate(features, options)
+                    answers = self._generate(conversations, batch, options)
                     seconds += time.perf_counter() - began
                     for (position, request), (text, count) in zip(chunk_done, answers):
                         results[position] = GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
@@ -189,34 +190,38 @@ class Leaml(lmms):
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _prepare(self, chunk: Sequence[tuple[int, Instance]]) -> list[Features]:
-        return [self._features(request) for _, request in chunk]
+    def _prepare(self, chunk: Sequence[tuple[int, Instance]]) -> tuple[list[Conversation], dict[str, Any]]:
+        conversations = [self._conversation(request) for _, request in chunk]
+        return conversations, self.collator.batch(conversations)
 
-    def _features(self, request: Instance) -> Features:
+    def _conversation(self, request: Instance) -> Conversation:
         _, to_messages, _, doc_id, task, split = request.args
         messages = to_messages(self.task_dict[task][split][doc_id])
-        return self.collator.message_features(messages, f"{task} document {doc_id}", self.max_frames)
+        return self.collator.conversation(messages, f"{task} document {doc_id}", self.max_frames)
 
-    @torch.inference_mode()
-    def _generate(self, features: list[Features], options: Mapping[str, Any]) -> list[tuple[str, int]]:
-        if len(features) > self.batch_size:
-            parts = [features[i : i + self.batch_size] for i in range(0, len(features), self.batch_size)]
-            return [answer for part in parts for answer in self._generate(part, options)]
+    def _generate(
+        self, conversations: list[Conversation], batch: dict[str, Any] | None, options: Mapping[str, Any]
+    ) -> list[tuple[str, int]]:
+        if len(conversations) > self.batch_size:
+            size = self.batch_size
+            parts = [conversations[i : i + size] for i in range(0, len(conversations), size)]
+            return [answer for part in parts for answer in self._generate(part, None, options)]
         try:
-            return self._generate_batch(features, options)
+            return self._generate_batch(batch or self.collator.batch(conversations), options)
         except torch.OutOfMemoryError as error:
-            if len(features) == 1:
+            if len(conversations) == 1:
                 raise LeamlError(
-                    f"{features[0].turn.where}: one conversation of {len(features[0])} tokens does not fit the memory; "
-                    "lower max_pixels or max_frames, or use dtype=bfloat16."
+                    f"{conversations[0].where}: this one conversation does not fit the device's memory; lower "
+                    "max_pixels or max_frames, or use dtype=bfloat16."
                 ) from error
         # outside the handler, whose traceback would keep the failed batch alive; later batches start at this size
         torch.cuda.empty_cache()
-        self.batch_size_per_gpu = (len(features) + 1) // 2
-        return self._generate(features, options)
+        self.batch_size_per_gpu = (len(conversations) + 1) // 2
+        return self._generate(conversations, None, options)
 
-    def _generate_batch(self, features: list[Features], options: Mapping[str, Any]) -> list[tuple[str, int]]:
-        batch = self.loaded.to_device(self.collator.merge(features, side="left"))
+    @torch.inference_mode()
+    def _generate_batch(self, encoded: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[str, int]]:
+        batch = self.loaded.to_device(encoded)
         out = self.model.generate(**batch, generation_config=self._config(options))
         ends = set(self._ends)
         answers = []
@@ -256,13 +261,22 @@ class Leaml(lmms):
         )
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as the processor takes it: its text in the model's template, and its pictures in order."""
+
+    text: str
+    pictures: tuple[Image.Image, ...]
+    where: str
+
+
 class MessageCollator(Collator):
     """Encodes whole conversations of lmms-eval's form, with pictures in memory where the text has them."""
 
-    def message_features(self, messages: Sequence[Mapping[str, Any]], where: str, max_frames: int) -> Features:
-        """The prompt of a conversation, ending where the model's answer begins.
+    def conversation(self, messages: Sequence[Mapping[str, Any]], where: str, max_frames: int) -> Conversation:
+        """``messages`` in the model's chat template, ending where the model's answer begins.
 
-        ``messages`` have a ``role`` and ``content``: text, or a list of ``{"type": "text", "text": ...}`` and
+        Messages have a ``role`` and ``content``: text, or a list of ``{"type": "text", "text": ...}`` and
         ``{"type": "image" | "video", "url": ...}``, where a url is a picture, a path, or a list of frames.
         """
         pictures: list[Image.Image] = []
@@ -274,8 +288,42 @@ class MessageCollator(Collator):
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             turns.append({"role": message["role"], "content": self._content(parts, pictures, where, max_frames)})
         text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        sequence, media = self._split(self._process(text, pictures, where))
-        features = Features(Turn(where, (), "", None, where), sequence, media, len(sequence["input_ids"]))
+        return Conversation(text, tuple(pictures), where)
+
+    def batch(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        """A left-padded batch for ``generate``.
+
+        Conversations of equally many pictures go to the processor together, which saves most of its overhead; others,
+        and those it refuses, one by one, so that the error names the right one.
+        """
+        if len({len(c.pictures) for c in conversations}) == 1 and len(conversations) > 1:
+            try:
+                return self._together(conversations)
+            except ValueError:
+                pass  # told below, with the name of the conversation
+        return self.merge([self._alone(conversation) for conversation in conversations], side="left")
+
+    def _together(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        pictures = [list(c.pictures) for c in conversations if c.pictures]
+        bos = self.tokenizer.bos_token
+        begun = bos is not None and conversations[0].text.startswith(bos)
+        batch = self.processor(
+            text=[c.text for c in conversations],
+            return_tensors="pt",
+            truncation=False,
+            padding=True,
+            padding_side="left",
+            **({"images": pictures} if pictures else {}),
+            **({"add_special_tokens": False} if begun else {}),
+        )
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            raise ValueError("too long")
+        return dict(batch)
+
+    def _alone(self, conversation: Conversation) -> Features:
+        sequence, media = self._split(self._process(conversation.text, list(conversation.pictures), conversation.where))
+        turn = Turn(conversation.where, (), "", None, conversation.where)
+        features = Features(turn, sequence, media, len(sequence["input_ids"]))
         self._check_length(features)
         return features
 

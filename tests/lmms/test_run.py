@@ -238,6 +238,25 @@ def test_any_mixture_in_one_batch_answers_as_alone(lm, tmp_path):
     assert together[1] == together[2], "a path is the picture it names"
 
 
+def test_equal_numbers_of_pictures_are_encoded_together_and_answer_as_alone(lm, monkeypatch):
+    same = [conversation(picture, f"Question {i}" * (i + 1)) for i, picture in enumerate(pictures(6))]
+    alone = [ask(lm, [one])[0] for one in same]
+
+    def never(conversation):
+        raise AssertionError("encoded one by one")
+
+    assert ask(lm, same[:3]) + ask(lm, same[3:]) == alone
+    monkeypatch.setattr(lm.collator, "_alone", never)
+    assert ask(lm, same) == alone
+
+
+def test_too_long_is_an_error_that_names_the_conversation(lm, monkeypatch):
+    monkeypatch.setattr(lm.collator, "max_length", 300)
+    assert len(ask(lm, [conversation("short")] * 2)) == 2
+    with pytest.raises(LeamlError, match=r"t document 1: \d+ tokens do not fit the limit of 300"):
+        ask(lm, [conversation("short"), conversation("long " * 400)])
+
+
 def test_stops_and_lengths_are_kept(lm):
     whole = ask(lm, [conversation(pictures(1)[0], "Question")])[0]
     assert len(whole) > 2
@@ -263,11 +282,11 @@ def test_memory_that_runs_out_halves_the_batch(lm, monkeypatch):
     generate = lm._generate_batch
     sizes = []
 
-    def small_memory(features, options):
-        sizes.append(len(features))
-        if len(features) > 1:
+    def small_memory(batch, options):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return generate(features, options)
+        return generate(batch, options)
 
     wanted = ask(lm, [conversation(f"Question {i}") for i in range(3)])
     monkeypatch.setattr(lm, "_generate_batch", small_memory)
