@@ -74,6 +74,7 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
 
     from leaml_plugin.artifacts import write_json, write_text
     from leaml_plugin.study import summary
+    from leaml_plugin.study.protocol import budget_of
     from leaml_plugin.study.runner import (
         Job,
         Study,
@@ -85,14 +86,16 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
         run_all,
     )
 
-    jobs = [
-        Job(world, method, labels, seed)
-        for labels in args.labels
-        for seed in range(args.seeds)
-        for method in methods
-        for world in worlds
-        if seed == 0 or method != "zero-shot"
-    ]
+    jobs = list(
+        dict.fromkeys(
+            Job(world, method, budget_of(method, labels), seed)
+            for labels in args.labels
+            for seed in range(args.seeds)
+            for method in methods
+            for world in worlds
+            if seed == 0 or method != "zero-shot"
+        )
+    )
     left = 0
     if args.summary:
         digest = checkpoint_hash(checkpoint)

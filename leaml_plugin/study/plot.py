@@ -11,7 +11,7 @@ from typing import Any
 
 from leaml_plugin.artifacts import atomic_path
 from leaml_plugin.errors import LeamlError
-from leaml_plugin.study.protocol import METHODS
+from leaml_plugin.study.protocol import METHODS, budget_of
 from leaml_plugin.study.summary import Row, best_baseline, rows
 
 # Okabe and Ito's palette: distinguishable for colour-blind readers
@@ -87,9 +87,10 @@ def _curves(axes: Any, own: Sequence[Row]) -> None:
 
 
 def _templates(axes: Any, own: Sequence[Row]) -> None:
-    labels = min(r.labels for r in own)
+    labels = _smallest(own)
     base = best_baseline(own, own[0].world, labels)
-    chosen = [r for r in own if r.labels == labels and r.method in ("leaml", "all-labels", base.method if base else "")]
+    shown = ("leaml", "all-labels", base.method if base else "")
+    chosen = [r for r in own if r.labels == budget_of(r.method, labels) and r.method in shown]
     names = sorted({name for r in chosen for name in r.results[0]["by_template"]})
     for number, r in enumerate(chosen):
         heights = []
@@ -103,8 +104,12 @@ def _templates(axes: Any, own: Sequence[Row]) -> None:
     axes.legend(fontsize=6, frameon=False)
 
 
+def _smallest(own: Sequence[Row]) -> float:
+    return min((r.labels for r in own if r.labels > 0), default=0.0)
+
+
 def _pseudo(axes: Any, own: Sequence[Row]) -> None:
-    labels = min(r.labels for r in own)
+    labels = _smallest(own)
     chosen = [r for r in own if r.labels == labels and r.pseudo is not None]
     axes.barh([METHODS[r.method].title for r in chosen], [100 * (r.pseudo or 0) for r in chosen],
               color=[COLORS.get(r.method, "gray") for r in chosen])  # fmt: skip

@@ -41,7 +41,7 @@ class Protocol:
     pool: int = 2000
     test_pictures: int = 160
     test_questions: int = 6
-    general_pictures: int = 40
+    general_pictures: int = 100
     steps: int = 200
     batch: int = 16
     caption_batch: int = 8
@@ -134,6 +134,13 @@ DEFAULT_RATE = 1e-3
 
 def learning_rate(method: str) -> float:
     return LEARNING_RATES.get(method, DEFAULT_RATE)
+
+
+def budget_of(method: str, labels: float) -> float:
+    """The label budget that a method's result is filed under: none for zero-shot, all for the upper bound."""
+    if METHODS[method].kind == "zero-shot":
+        return 0.0
+    return 1.0 if METHODS[method].every_label else labels
 
 
 def trained(method: str) -> bool:

@@ -39,7 +39,7 @@ from leaml_plugin.records import QA, Picture, Prediction, PseudoQA
 from leaml_plugin.selection import Selection, all_neurons
 from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator
 from leaml_plugin.study import packed
-from leaml_plugin.study.protocol import METHODS, Method, Protocol, learning_rate
+from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, learning_rate
 from leaml_plugin.study.statistics import pack_bits
 from leaml_plugin.study.world import Labels, World
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
@@ -184,13 +184,14 @@ class Study:
         """Train and score ``method``; returns the whole result as plain data.
 
         Args:
-            labels: share of the pool's pictures that are labelled.
+            labels: share of the pool's pictures that are labelled; not used by zero-shot and the upper bound.
             rate, finetune_rate: learning rates in place of the tuned ones.
         """
         start = time.monotonic()
         spec = METHODS[method]
         at = self.world(world)
-        budget = at.labels(1.0 if spec.every_label else labels, seed)
+        labels = budget_of(method, labels)
+        budget = at.labels(labels, seed) if labels else Labels([], 0, [])
         config = resolve(self.protocol, method, seed, rate, finetune_rate)
         result: dict[str, Any] = {
             **identity(self.checkpoint, world, method, labels, seed, config),
@@ -201,8 +202,7 @@ class Study:
             "label_pictures": budget.pictures,
             "label_questions": len(budget.qas),
         }
-        few = at.labels(labels, seed).qas
-        blind = at.blind(few)
+        blind = at.blind(budget.qas)
         if spec.kind == "blind":
             marks, predictions = blind, None
             result["forgetting"] = None
@@ -449,7 +449,7 @@ def result_path(directory: Path, name: Mapping[str, Any]) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run to do; rates that are ``None`` are the tuned ones."""
+    """One run to do; ``labels`` as :func:`budget_of` gives it, and rates that are ``None`` are the tuned ones."""
 
     world: str
     method: str

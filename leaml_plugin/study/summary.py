@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from leaml_plugin.study.protocol import METHODS, ORDER
+from leaml_plugin.study.protocol import METHODS, ORDER, budget_of
 from leaml_plugin.study.statistics import Difference, compare, t_interval, unpack_bits
 
 Result = Mapping[str, Any]
@@ -134,7 +134,7 @@ def comparisons(table: Sequence[Row]) -> list[Comparison]:
         if row.method != MAIN:
             continue
         for other in table:
-            if other.method == MAIN or (other.world, other.labels) != (row.world, row.labels):
+            if other.method == MAIN or not _beside(other, row):
                 continue
             if other.results[0]["questions"]["hash"] != row.results[0]["questions"]["hash"]:
                 continue
@@ -149,9 +149,16 @@ def comparisons(table: Sequence[Row]) -> list[Comparison]:
     return out
 
 
+def _beside(other: Row, row: Row) -> bool:
+    """Whether two rows belong side by side: same world, same budget or a method that has none."""
+    return other.world == row.world and other.labels == budget_of(other.method, row.labels)
+
+
 def best_baseline(table: Sequence[Row], world: str, labels: float) -> Row | None:
     """The most accurate method that has no part of LEAML: the one that LEAML has to beat."""
-    candidates = [r for r in table if (r.world, r.labels) == (world, labels) and r.method in BASELINES]
+    candidates = [
+        r for r in table if r.world == world and r.labels == budget_of(r.method, labels) and r.method in BASELINES
+    ]
     return max(candidates, key=lambda r: r.accuracy, default=None)
 
 
@@ -241,7 +248,7 @@ def page(results: Sequence[Result], plot: str = "") -> str:
         found = comparisons(own)
         if found:
             parts.append(markdown_table(COMPARED[1:], [row[1:] for row in compared_cells(found)]) + "\n")
-        parts += [_verdict(own, labels) for labels in sorted({r.labels for r in own})]
+        parts += [_verdict(own, labels) for labels in sorted({r.labels for r in own if r.method == MAIN})]
     if plot:
         parts.append(f"![Accuracy against the number of labels, per template, and pseudo-answers]({plot})\n")
     return "\n".join(part for part in parts if part)
@@ -255,7 +262,7 @@ def _verdict(own: Sequence[Row], labels: float) -> str:
         return ""
     difference = next(c.difference for c in comparisons([main, base]))
     interval = difference.over_seeds or difference.over_pictures
-    upper = next((r for r in own if r.method == "all-labels" and r.labels == labels), None)
+    upper = next((r for r in own if r.method == "all-labels"), None)
     gain_met = difference.mean >= 0.10
     lines = [
         f"With {100 * labels:g} % of the labels LEAML is {_points(difference.mean, True)} points "

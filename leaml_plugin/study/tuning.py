@@ -10,14 +10,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leaml_plugin.study.protocol import GRID, METHODS, TUNING, trained
+from leaml_plugin.study.protocol import GRID, METHODS, TUNING, budget_of, trained
 from leaml_plugin.study.runner import Job
 
 
 def first_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int]) -> list[Job]:
     """The grid for every method whose VQA model is trained at one rate."""
     return [
-        Job(TUNING, method, labels, seed, rate)
+        Job(TUNING, method, budget_of(method, labels), seed, rate)
         for method in methods
         if trained(method) and METHODS[method].kind != "pseudo"
         for seed in seeds

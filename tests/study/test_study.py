@@ -10,14 +10,23 @@ import pytest
 from leaml_plugin import study as command
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.study import summary, tuning
-from leaml_plugin.study.protocol import GRID, LEARNING_RATES, METHODS, ORDER, Protocol, check_methods, trained
+from leaml_plugin.study.protocol import (
+    GRID,
+    LEARNING_RATES,
+    METHODS,
+    ORDER,
+    Protocol,
+    budget_of,
+    check_methods,
+    trained,
+)
 from leaml_plugin.study.runner import Job, identity, load_results, resolve, result_path, run_all
 
 
 @pytest.fixture(scope="module")
 def results(study, tmp_path_factory):
     directory = tmp_path_factory.mktemp("results")
-    jobs = [Job("endoscopy", method, 0.25, seed) for method in ORDER for seed in (0, 1)]
+    jobs = [Job("endoscopy", method, budget_of(method, 0.25), seed) for method in ORDER for seed in (0, 1)]
     paths, left = run_all(study, jobs, directory)
     assert left == 0 and len(paths) == 2 * len(ORDER)
     return directory, paths
@@ -27,7 +36,7 @@ def test_every_method_runs_and_says_what_it_did(results):
     for result in load_results(results[1]):
         spec = METHODS[result["method"]]
         assert 0 <= result["accuracy"] <= 1 and result["questions"]["count"] == 12
-        assert result["label_pictures"] == (12 if spec.every_label else 3)
+        assert result["label_pictures"] == {"all-labels": 12, "zero-shot": 0}.get(result["method"], 3)
         assert (result["forgetting"] is None) == (spec.kind == "blind")
         assert bool(result.get("pseudo")) == (spec.kind == "pseudo")
         assert set(result["code"]) == {"version", "commit", "sources", "torch"}
@@ -121,7 +130,8 @@ def test_a_changed_setting_is_another_result(study, tmp_path):
 def test_rows_pair_seeds_and_questions(results):
     loaded = load_results(results[1])
     table = summary.rows(loaded)
-    assert [r.method for r in table] == list(ORDER) and all(r.seeds == [0, 1] for r in table)
+    assert sorted(r.method for r in table) == sorted(ORDER) and all(r.seeds == [0, 1] for r in table)
+    assert [r.labels for r in table] == [0.0, *[0.25] * (len(ORDER) - 2), 1.0]
     data = summary.summary(loaded)
     for row in data["rows"]:
         assert set(row) >= {"world", "method", "labels", "seeds", "accuracy", "ci95", "blind_majority", "forgetting"}
@@ -155,7 +165,7 @@ def test_the_verdict_names_the_best_baseline_and_the_goals():
         return [i < n for i in range(100)]
 
     loaded = [
-        fake(method, seed, marks(n + seed))
+        fake(method, seed, marks(n + seed), budget_of(method, 0.01))
         for method, n in (("blind", 30), ("full", 50), ("joint", 55), ("leaml", 70), ("all-labels", 75))
         for seed in range(3)
     ]
@@ -175,7 +185,7 @@ def test_the_plot_is_written_and_repeats(tmp_path):
     from leaml_plugin.study.plot import draw
 
     loaded = [
-        fake(method, seed, [i % 3 < 2 for i in range(60 + seed)], labels)
+        fake(method, seed, [i % 3 < 2 for i in range(60 + seed)], budget_of(method, labels))
         for method in ("blind", "full", "leaml", "all-labels")
         for seed in range(2)
         for labels in (0.01, 0.1)
