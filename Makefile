@@ -5,6 +5,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
+# Threads that spin at barriers slow everything down many times where other processes want the cores too.
+export OMP_WAIT_POLICY ?= PASSIVE
 LEAML := $(VENV)/bin/leaml
 
 .PHONY: environment demo test test-fast lint pretrain gate bench clean
