@@ -152,10 +152,14 @@ class Facts:
         return self.recorded.get("inputs", {})
 
     @cached_property
+    def begun(self) -> list[str]:
+        """The stages that have written something."""
+        return [name for name in STAGES if self.run.stage(name).path.is_dir()]
+
+    @cached_property
     def unfinished(self) -> list[str]:
         """Stages that began and did not finish."""
-        folders = [(name, self.run.stage(name).path) for name in STAGES]
-        return [name for name, path in folders if path.is_dir() and not (path / DONE).exists()]
+        return [name for name in self.begun if not (self.run.stage(name).path / DONE).exists()]
 
     # ------------------------------------------------------------------------------------------------- inputs
 

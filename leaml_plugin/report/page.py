@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from leaml_plugin import __version__
 from leaml_plugin.artifacts import RunDirectory, write_text
+from leaml_plugin.errors import LeamlError
 from leaml_plugin.report import figures, gallery, words
 from leaml_plugin.report.facts import NOT_FILTERED, Facts
 
@@ -43,10 +44,12 @@ def write_report(
         pictures: the most pictures of each gallery; of more, a sample by the hash of their ids. Counts are of all.
 
     Raises:
-        LeamlError: there is no run, or one of its files is damaged.
+        LeamlError: there is no run, it has not begun, or one of its files is damaged.
     """
     facts = Facts(run)
     path = facts.run.report
+    if not facts.begun:  # the directory of a demo or a study has a page of its own, which is not ours to replace
+        raise LeamlError(f"{facts.run.path} holds no stage of an adaptation: name the --output of 'leaml adapt'.")
     folder = files_of(path)
     written: set[str] = set()
     galleries = {

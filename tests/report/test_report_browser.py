@@ -141,6 +141,11 @@ def test_no_width_scrolls_the_page_sideways(page, width):
     page.resize(width)
     sizes = page.run("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert sizes[0] <= sizes[1]
+    # a table that is wider than its place can be scrolled by keys, one that fits is no tab stop
+    page.wait(
+        "return [...document.querySelectorAll('.scroll')].every(r =>"
+        " (r.scrollWidth > r.clientWidth) === r.hasAttribute('tabindex'))"
+    )
     page.resize(1200)
 
 
@@ -158,6 +163,28 @@ def test_text_has_contrast(page, dark):
       });
     """
     assert min(page.run(script)) >= 4.5
+    page.resize(1200)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_on_the_heat_map_can_be_read(page, dark):
+    page.resize(1200, dark=dark)
+    script = """
+      const context = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+      const lum = (c) => {
+        context.fillStyle = c;
+        context.fillRect(0, 0, 1, 1);
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3)
+          .map((v) => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+          .reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+      };
+      return [...document.querySelectorAll('.heat td[style]')].map((cell) => {
+        const style = getComputedStyle(cell), a = lum(style.color), b = lum(style.backgroundColor);
+        return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+      });
+    """
+    ratios = page.run(script)
+    assert len(ratios) > 50 and min(ratios) >= 4.4
     page.resize(1200)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -256,7 +257,7 @@ def _named(page: Page) -> list[str]:
     return [name for g in ("pseudo", "answers") for kind in ("texts", "thumbs") for name in page.index(g)[kind]]
 
 
-@pytest.mark.parametrize("upto", range(len(STAGES) + 1))
+@pytest.mark.parametrize("upto", range(1, len(STAGES) + 1))
 def test_a_run_that_is_under_way_has_a_page(make_run, upto):
     run = make_run(pictures=6, questions=6, stages=STAGES[:upto])
     text = Page(write_report(run)).text()
@@ -296,6 +297,36 @@ def test_no_pictures_no_folder(make_run):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(LeamlError, match="is no run directory of leaml"):
         write_report(tmp_path)
+
+
+def test_a_page_that_is_not_of_a_run_is_not_replaced(tmp_path):
+    demo = RunDirectory.open(tmp_path / "demo", {"pictures": 1000}, {})
+    write_records(demo.stage("world").file("x.jsonl"), [])
+    demo.report.write_text("the comparison")
+    with pytest.raises(LeamlError, match="holds no stage of an adaptation"):
+        write_report(demo)
+    assert demo.report.read_text() == "the comparison"
+
+
+def test_a_report_killed_at_any_moment_leaves_a_whole_page(make_run):
+    run = make_run(pictures=50, questions=9)
+    write_report(run)
+    code = (
+        "import itertools, sys; from leaml_plugin.report import write_report;"
+        "[print(write_report(sys.argv[1], pictures=n), flush=True) for n in itertools.cycle([40, 50])]"
+    )
+    for pause in (0.01, 0.06, 0.13):
+        child = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE)
+        child.stdout.readline()  # the first page is there, the next one under way
+        time.sleep(pause)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        page = Page(run.report)
+        for name in _named(page):
+            chunk(files(run) / name)
+    write_report(run)
+    assert {p.name for p in files(run).iterdir()} == set(_named(Page(run.report)))
 
 
 # ------------------------------------------------------------------------------------------------------- many pictures

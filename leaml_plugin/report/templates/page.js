@@ -278,6 +278,13 @@
     action();
   });
 
+  // A table that fits needs no tab stop of its own.
+  const regions = document.querySelectorAll(".scroll");
+  const stops = new ResizeObserver(() => {
+    for (const r of regions) r.scrollWidth > r.clientWidth ? (r.tabIndex = 0) : r.removeAttribute("tabindex");
+  });
+  for (const region of regions) stops.observe(region);
+
   // On paper nothing can be unfolded.
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => (d.open = true)));
 })();
