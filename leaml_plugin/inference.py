@@ -137,12 +137,14 @@ def _generate(
         eos_token_id=stop,
         pad_token_id=collator.pad_id,
         use_cache=True,
-        # what is not set comes from the checkpoint, and some ship penalties
+        # what is not set comes from the checkpoint, and some ship penalties; the last three only avert a warning
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         encoder_no_repeat_ngram_size=0,
         min_new_tokens=0,
-        min_length=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
     )
     per_window = max(1, _WINDOW * batch_size // num_samples)
     # whole turns in a batch where they fit: what two batches share is read twice
