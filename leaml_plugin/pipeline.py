@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from leaml_plugin.selection import Selection
 
 METHODS = ("leaml", "labels")
-PICTURE_CACHE = 1 << 28  # bytes of processed pictures that a stage keeps in memory
+PICTURE_CACHE = 1 << 30  # bytes of processed pictures that a stage keeps in memory
 
 
 @dataclass(frozen=True)
