@@ -17,7 +17,7 @@ from tiny_llama import build, load, logits, score, train
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from leaml_plugin import LeamlConfig, LeamlError, Selection
+from leaml_plugin import LeamlConfig, LeamlError, Selection, attach
 from leaml_plugin.tuner import LeamlLayer, hotswap
 from leaml_plugin.tuner.register import add_member, register
 
@@ -276,6 +276,30 @@ def test_an_opaque_base_is_only_called(selection, base, batch):
     assert torch.equal(logits(tuned, batch), want)
     first = train(tuned, [p for p in tuned.parameters() if p.requires_grad], batch, steps=1)
     assert train(tuned, [p for p in tuned.parameters() if p.requires_grad], batch, steps=3) < first
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(tmp_path, batch, bits):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    path = build(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    chosen = score(path, batch)
+    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+
+    def quantised():
+        return LlamaForCausalLM.from_pretrained(path, quantization_config=options, device_map="cpu")
+
+    model = get_peft_model(quantised(), LeamlConfig(selection=chosen))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    losses = [train(model, parameters, batch, steps=n) for n in (1, 5)]
+    assert losses[1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(quantised(), tmp_path / "adapter")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    with pytest.raises(LeamlError, match="tune it through the adapter"):
+        attach(quantised(), chosen)
 
 
 def test_delta_parameters_are_fp32_beside_a_bf16_base(base_bf16, batch):
