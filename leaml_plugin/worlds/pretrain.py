@@ -358,6 +358,53 @@ def weights_hash(directory: Path) -> str:
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
+def model_card(run: Run, figures: dict[str, Any], note: str = "") -> str:
+    """The card of a checkpoint, from its run and the gate's figures."""
+    import torch
+    import transformers
+
+    recipe, held_out = run.recipe, figures["general"]
+    pictures = recipe.vision_steps * recipe.vision_batch + (run.step - recipe.vision_steps) * recipe.batch
+    parameters = sum(p.numel() for p in run.model.parameters())
+    rows = [
+        f"| {world} | " + " | ".join(f"{f[k]:.3f}" for k in ("blind", "zero_shot", "all_labels")) + f" | {f['passed']} |"
+        for world, f in figures["worlds"].items()
+    ]
+    templates = ", ".join(f"{name} {value:.2f}" for name, value in held_out["templates"].items())
+    return "\n".join([
+        "# A tiny Qwen2.5-VL for the embedded worlds",
+        "",
+        f"{parameters / 1e6:.2f} million parameters ({recipe.layers} language layers of width {recipe.width}, "
+        f"{recipe.vision_layers} vision layers of width {recipe.vision_width}), bfloat16, nine image tokens for a "
+        "96x96 picture. It exists to compare adaptation methods in minutes on a laptop. It knows coloured shapes and "
+        "nothing else; it is no medical or sports model.",
+        "",
+        f"- Data: {pictures:,} generated pictures and clips of the world `general` (seed {recipe.seed}); no picture, "
+        "word or label of the other worlds.",
+        f"- Recipe: `make pretrain` (`leaml_plugin/worlds/pretrain.py`): {recipe.vision_steps} steps of "
+        f"{recipe.vision_batch} pictures for the vision tower, {run.step - recipe.vision_steps} steps of "
+        f"{recipe.batch} pictures with questions for both. {note}".rstrip(),
+        f"- Hardware and time: {hardware()}; {duration(run.seconds)}, shared with other work.",
+        f"- torch {torch.__version__}, transformers {transformers.__version__}.",
+        f"- SHA-256 of model.safetensors: `{figures['sha256']}`",
+        "- Licence: Apache-2.0.",
+        "",
+        "## Held-out general world (exact match under greedy decoding)",
+        "",
+        f"Questions about single objects: {held_out['object']:.3f}; all questions: {held_out['overall']:.3f} "
+        f"({held_out['questions']} questions). By template: {templates}.",
+        "",
+        "## The gate",
+        "",
+        "| world | image-blind majority (oracle) | zero-shot | all labels, full fine-tuning | passed |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        "`leaml gate` prints these figures again.",
+        "",
+    ])  # fmt: skip
+
+
 def hardware() -> str:
     import torch
 
@@ -382,6 +429,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: 100")
     parser.add_argument("--until", type=int, metavar="STEP", help="stop early, to go on later")
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the state as it is")
+    parser.add_argument("--no-card", action="store_true", help="write no model card: the gate's figures take minutes")
+    parser.add_argument("--note", default="", help="a sentence for the model card, on how the run came about")
     for name, value in asdict(Recipe()).items():
         kind: dict[str, Any] = {"type": type(value)}
         if isinstance(value, bool):
@@ -405,7 +454,14 @@ def main(args: argparse.Namespace) -> int:
         run = train(recipe, args.work, save_every=args.save_every, until=args.until)
     out = args.out or args.work / "checkpoint"
     write_checkpoint(run, out)
-    print(f"{out}: {run.step} steps in {duration(run.seconds)}, sha256 {weights_hash(out)[:16]}")
+    digest = weights_hash(out)
+    if not args.no_card:
+        from leaml_plugin.worlds.gate import measure, verdict
+
+        figures = {**measure(out), "sha256": digest}
+        (out / "MODEL_CARD.md").write_text(model_card(run, figures, args.note), encoding="utf-8")
+        print("\n".join(verdict(figures)))
+    print(f"{out}: {run.step} steps in {duration(run.seconds)}, sha256 {digest[:16]}")
     return 0
 
 
