@@ -56,6 +56,11 @@ LEAML_HD float to_float(float x) { return x; }
 LEAML_HD float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 
 LEAML_HD float to_float(fp16 x) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
+  return out;
+#else
   // exponent and mantissa moved into place; subnormals and Inf/NaN get their own exponent correction
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   const uint32_t exponent = magnitude & 0x0f800000u;
@@ -65,6 +70,7 @@ LEAML_HD float to_float(fp16 x) {
   uint32_t u = exponent == 0x0f800000u ? special : rebased;
   u = exponent == 0u ? float_bits(subnormal) : u;
   return bits_float(u | (uint32_t(x.bits & 0x8000u) << 16));
+#endif
 }
 
 // Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch.
@@ -77,6 +83,9 @@ LEAML_HD void from_float(float x, bf16& out) {
 }
 
 LEAML_HD void from_float(float x, fp16& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
   const uint32_t raw = float_bits(x);
   const uint32_t sign = raw & 0x80000000u;
   const uint32_t u = raw ^ sign;
@@ -86,6 +95,7 @@ LEAML_HD void from_float(float x, fp16& out) {
   uint32_t half = u < 0x38800000u ? subnormal : normal;
   half = u >= 0x47800000u ? special : half;
   out.bits = uint16_t(half | (sign >> 16));
+#endif
 }
 
 // --- counter hash ------------------------------------------------------------------------------------------------
@@ -154,13 +164,24 @@ LEAML_HD float decode_unsigned(uint8_t code, float scale) {
 // What a block's elements are multiplied by before coding; 0 where the block is all zero, subnormal or not finite.
 LEAML_HD float block_inverse(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
 
+// A code only has to be near: rounding is decided against the exact value of the code below.
+LEAML_HD float code_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
+#endif
+}
+
 LEAML_HD float encode_magnitude(float magnitude, float inverse, float top, uint32_t bits) {
   // integer selects: they vectorise where float ones turn into branches
   uint32_t u = float_bits(magnitude * inverse);
   u = u < 0x7f800000u ? u : 0u;  // NaN and Inf code zero: the scale says NaN
   u = u > 0x3f800000u ? 0x3f800000u : u;
   const float x = bits_float(u);
-  int32_t q = int32_t(sqrtf(sqrtf(x)) * top);
+  int32_t q = int32_t(code_root(code_root(x)) * top);
   q = q > int32_t(top) - 1 ? int32_t(top) - 1 : q;
   const float low = float(q);
   const float a = low * (1.0f / top), b = (low + 1.0f) * (1.0f / top);

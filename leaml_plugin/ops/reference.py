@@ -90,15 +90,17 @@ def select_top(scores: Sequence[Tensor], groups: Sequence[int], counts: Sequence
     """Flat, ascending positions (over the concatenated vectors) of the ``counts[g]`` largest scores of each group."""
     flat = torch.cat([s.reshape(-1).to(torch.float32) for s in scores])
     flat = torch.where(flat.isnan(), torch.full_like(flat, -math.inf), flat)  # NaN never beats a number
-    member = torch.repeat_interleave(
-        torch.tensor(list(groups), device=flat.device), torch.tensor([s.numel() for s in scores], device=flat.device)
-    )
-    chosen = []
-    for group, count in enumerate(counts):
-        positions = (member == group).nonzero().reshape(-1)
-        order = torch.sort(flat[positions], descending=True, stable=True).indices[:count]
-        chosen.append(positions[order])
-    return torch.cat(chosen).sort().values if chosen else flat.new_empty(0, dtype=torch.int64)
+    device = flat.device
+    sizes = [s.numel() for s in scores]
+    member = torch.repeat_interleave(torch.tensor(list(groups), device=device), torch.tensor(sizes, device=device))
+    # by group, within a group by score, within a score by position: two stable sorts
+    order = torch.sort(flat, descending=True, stable=True).indices
+    order = order[torch.sort(member[order], stable=True).indices]
+    totals = [0] * len(counts)
+    for group, size in zip(groups, sizes):
+        totals[group] += size
+    taken = [torch.arange(total, device=device) < count for total, count in zip(totals, counts)]
+    return order[torch.cat(taken)].sort().values if taken else order[:0]
 
 
 # --- counter hash, stochastic rounding, 8-bit code ----------------------------------------------------------------

@@ -1,0 +1,310 @@
+// The CUDA implementations of torch.ops.leaml.*: arguments packed by value, one launch for all tensors of a dtype.
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "ops_common.h"
+
+namespace leaml::cuda {
+__device__ __forceinline__ uint4 load16(const uint4* p) { return *p; }
+__device__ __forceinline__ void store16(uint4* p, const uint4& x) { *p = x; }
+}  // namespace leaml::cuda
+
+#include "kernels.cuh"
+
+namespace leaml {
+namespace {
+
+using cuda::kThreads;
+using cuda::kWarps;
+
+struct Device {
+  int32_t index;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+  explicit Device(const Tensor& first) : index(first.get_device_index()), guard(index) {
+    void* raw = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &raw));
+    stream = static_cast<cudaStream_t>(raw);
+  }
+  Tensor bytes(int64_t count) const {
+    return torch::stable::empty({count}, ScalarType::Byte, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CUDA, index));
+  }
+};
+
+unsigned blocks_for(int64_t items, int64_t per_block) {
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  STD_TORCH_CHECK(blocks <= 0x7fffffff, "too many rows for one launch: wanted at most 2^31 blocks, got ", blocks);
+  return unsigned(blocks);
+}
+
+bool aligned(const Matrix& m) { return cuda::rows_aligned(m.data, m.row_stride, m.col_stride, bytes(m.dtype)); }
+
+bool aligned(const void* p, int64_t row_bytes) {
+  return p == nullptr || cuda::rows_aligned(p, row_bytes, 1, 1);
+}
+
+cuda::View view_of(const Matrix& m) {
+  STD_TORCH_CHECK(m.col_stride >= 0 && m.col_stride <= cuda::kMaxColStride, "wanted a stride between neighbours of at most ",
+                  cuda::kMaxColStride, " elements, got ", m.col_stride);
+  return {m.data, m.row_stride, int32_t(m.col_stride)};
+}
+
+// Calls f<W, G>() for the dtypes of a weight and its gradient.
+template <class F>
+void dispatch(Dtype w, Dtype g, const F& f) {
+  if (w == Dtype::f32) return f(float{}, float{});
+  if (w == Dtype::bf16) return g == Dtype::f32 ? f(bf16{}, float{}) : f(bf16{}, bf16{});
+  return g == Dtype::f32 ? f(fp16{}, float{}) : f(fp16{}, fp16{});
+}
+
+constexpr std::pair<Dtype, Dtype> kPairs[] = {{Dtype::f32, Dtype::f32},
+                                              {Dtype::bf16, Dtype::bf16},
+                                              {Dtype::bf16, Dtype::f32},
+                                              {Dtype::f16, Dtype::f16},
+                                              {Dtype::f16, Dtype::f32}};
+
+// --- relevance -----------------------------------------------------------------------------------------------------
+
+// The sums of all parts, one allocation.
+struct Workspace {
+  Tensor memory;
+  std::vector<Sums*> sums;
+  Workspace(const Device& device, const std::vector<int64_t>& neurons) {
+    int64_t total = 0;
+    for (int64_t n : neurons) total += n;
+    memory = device.bytes(std::max<int64_t>(1, total * int64_t(sizeof(Sums))));
+    Sums* p = static_cast<Sums*>(memory.data_ptr());
+    for (int64_t n : neurons) {
+      sums.push_back(p);
+      p += n;
+    }
+  }
+};
+
+void launch_relevance(const Device& device, const std::vector<Part>& parts, const Workspace& work) {
+  auto args = std::make_unique<cuda::RelevanceArgs>();
+  for (const auto& [w, g] : kPairs)
+    for (int dim : {0, 1}) {
+      auto flush = [&] {
+        if (args->total > 0)
+          dispatch(w, g, [&](auto wt, auto gt) {
+            using W = decltype(wt);
+            using G = decltype(gt);
+            if (dim == 0)
+              cuda::relevance_rows<W, G><<<blocks_for(args->total, kWarps), kThreads, 0, device.stream>>>(*args);
+            else
+              cuda::relevance_columns<W, G><<<blocks_for(args->total, 1), kThreads, 0, device.stream>>>(*args);
+            STD_CUDA_KERNEL_LAUNCH_CHECK();
+          });
+        args->total = 0;
+        args->count = 0;
+      };
+      args->total = 0;
+      args->count = 0;
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const Part& p = parts[i];
+        if (p.dim != dim || p.w.dtype != w || p.g.dtype != g || p.neurons() == 0) continue;
+        if (args->count == cuda::kMaxParts) flush();
+        args->parts[args->count++] = {view_of(p.w), view_of(p.g), p.width(),    work.sums[i],
+                                      args->total,  p.neurons(),  aligned(p.w) && aligned(p.g)};
+        args->total += dim == 0 ? p.neurons() : (p.neurons() + kBlock - 1) / kBlock;
+      }
+      flush();
+    }
+}
+
+Tensor finish(const Device& device, const std::vector<int>& slots, const Workspace& work, const std::vector<Output>& out,
+              const std::vector<int64_t>& criteria, const float* scale, const float* found_inf) {
+  Tensor result = torch::stable::empty({}, ScalarType::Float, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device.index));
+  std::vector<std::vector<size_t>> members(out.size());
+  for (size_t i = 0; i < slots.size(); ++i) members[size_t(slots[i])].push_back(i);
+  int64_t most = 0;
+  for (const Output& o : out) most += o.neurons / kThreads + 1;
+  Tensor partials = device.bytes(8 * std::max<int64_t>(1, most));
+  int64_t used = 0;
+  auto args = std::make_unique<cuda::FinishArgs>();
+  args->scale = scale;
+  args->found_inf = found_inf;
+  args->criteria_count = int(criteria.size());
+  std::copy(criteria.begin(), criteria.end(), args->criteria);
+  int part_count = 0;
+  args->total = args->count = 0;
+  auto flush = [&] {
+    if (args->total == 0) return;
+    args->partials = static_cast<double*>(partials.data_ptr()) + used;
+    const unsigned blocks = blocks_for(args->total, kThreads);
+    cuda::finish_relevance<<<blocks, kThreads, 0, device.stream>>>(*args);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    used += blocks;
+    args->total = args->count = 0;
+    part_count = 0;
+  };
+  for (size_t j = 0; j < out.size(); ++j) {
+    if (members[j].empty() || out[j].neurons == 0) continue;
+    STD_TORCH_CHECK(members[j].size() <= size_t(cuda::kMaxSlotParts), "slot ", j, ": wanted at most ",
+                    cuda::kMaxSlotParts, " parts, got ", members[j].size());
+    if (args->count == cuda::kMaxSlots || part_count + int(members[j].size()) > cuda::kMaxSlotParts) flush();
+    args->slots[args->count++] = {out[j].data, out[j].criterion_stride, out[j].neuron_stride,    out[j].neurons,
+                                  args->total, part_count,              int32_t(members[j].size())};
+    args->total += out[j].neurons;
+    for (size_t p : members[j]) args->parts[part_count++] = work.sums[p];
+  }
+  flush();
+  cuda::sum_partials<<<1, kThreads, 0, device.stream>>>(static_cast<const double*>(partials.data_ptr()), used,
+                                                        static_cast<float*>(result.data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+Tensor neuron_relevance_cuda(Tensors weights, Tensors grads, Tensors out, std::vector<int64_t> criteria,
+                             std::vector<int64_t> dims, std::vector<int64_t> slots, std::optional<Tensor> grad_scale,
+                             std::optional<Tensor> found_inf) {
+  STD_TORCH_CHECK(!weights.empty(), "weights: wanted at least one tensor, got none");
+  const Device device(weights[0]);
+  const std::vector<Output> outputs = outputs_of(out, criteria, true, device.index);
+  const std::vector<Part> parts = parts_of(weights, grads, dims, slots, outputs, true, device.index);
+  std::vector<int64_t> neurons;
+  std::vector<int> own;
+  for (const Part& p : parts) {
+    neurons.push_back(p.neurons());
+    own.push_back(p.slot);
+  }
+  const Workspace work(device, neurons);
+  launch_relevance(device, parts, work);
+  return finish(device, own, work, outputs, criteria, scalar_of(grad_scale, "grad_scale", true, device.index),
+                scalar_of(found_inf, "found_inf", true, device.index));
+}
+
+// --- sparse AdamW and the fusion -------------------------------------------------------------------------------------
+
+struct Scalars {
+  const float *lr, *clip, *scale, *found_inf;
+};
+
+void launch_updates(const Device& device, const std::vector<Update>& updates, const Hyper& hyper, const Scalars& scalars,
+                    const Workspace* work) {
+  auto args = std::make_unique<cuda::UpdateArgs>();
+  args->hyper = hyper;
+  args->lr = scalars.lr;
+  args->clip = scalars.clip;
+  args->scale = scalars.scale;
+  args->found_inf = scalars.found_inf;
+  for (const auto& [w, g] : kPairs) {
+    bool packed = false;
+    auto flush = [&] {
+      if (args->total > 0)
+        dispatch(w, g, [&](auto wt, auto gt) {
+          using W = decltype(wt);
+          using G = decltype(gt);
+          const unsigned blocks = blocks_for(args->total, kWarps);
+          if (work && packed)
+            cuda::relevance_sparse_adamw<W, G, true><<<blocks, kThreads, 0, device.stream>>>(*args);
+          else if (work)
+            cuda::relevance_sparse_adamw<W, G, false><<<blocks, kThreads, 0, device.stream>>>(*args);
+          else if (packed)
+            cuda::sparse_adamw<W, G, true><<<blocks, kThreads, 0, device.stream>>>(*args);
+          else
+            cuda::sparse_adamw<W, G, false><<<blocks, kThreads, 0, device.stream>>>(*args);
+          STD_CUDA_KERNEL_LAUNCH_CHECK();
+        });
+      args->total = 0;
+      args->count = 0;
+    };
+    args->total = 0;
+    args->count = 0;
+    for (size_t i = 0; i < updates.size(); ++i) {
+      const Update& u = updates[i];
+      const int64_t warps = work ? u.w.rows : u.k;
+      if (u.w.dtype != w || u.g.dtype != g || warps == 0) continue;
+      packed = u.m_scale != nullptr;
+      if (args->count == cuda::kMaxUpdates) flush();
+      const int64_t state_bytes = u.width * (packed ? 1 : 4);
+      cuda::UpdateItem item{};
+      item.w = view_of(u.w);
+      item.g = view_of(u.g);
+      item.rows = u.rows;
+      item.m = u.m;
+      item.v = u.v;
+      item.m_scale = u.m_scale;
+      item.v_scale = u.v_scale;
+      item.master = u.master;
+      item.step = u.step;
+      item.sums = work ? work->sums[i] : nullptr;
+      item.width = u.width;
+      item.k = u.k;
+      item.start = args->total;
+      item.index = int32_t(i);
+      item.compact = u.compact;
+      item.vector = aligned(u.w) && aligned(u.g) && aligned(u.m, state_bytes) && aligned(u.v, state_bytes) &&
+                    aligned(u.master, u.width * 4);
+      args->items[args->count++] = item;
+      args->total += warps;
+    }
+    flush();
+  }
+}
+
+void sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps,
+                       Tensors exp_avg_scale, Tensors exp_avg_sq_scale, Tensors masters, std::optional<Tensor> lr_tensor,
+                       std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                       double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                       bool stochastic_rounding, int64_t seed) {
+  STD_TORCH_CHECK(!params.empty(), "params: wanted at least one tensor, got none");
+  const Device device(params[0]);
+  const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
+                                                 exp_avg_sq_scale, masters, false, true, device.index);
+  const Hyper hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed);
+  const Scalars scalars{scalar_of(lr_tensor, "lr", true, device.index), scalar_of(clip_coef, "clip_coef", true, device.index),
+                        scalar_of(grad_scale, "grad_scale", true, device.index),
+                        scalar_of(found_inf, "found_inf", true, device.index)};
+  launch_updates(device, updates, hyper, scalars, nullptr);
+}
+
+Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
+                                   Tensors steps, Tensors exp_avg_scale, Tensors exp_avg_sq_scale, Tensors masters,
+                                   Tensors out, std::vector<int64_t> criteria, std::optional<Tensor> lr_tensor,
+                                   std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
+                                   std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
+                                   double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed) {
+  STD_TORCH_CHECK(!params.empty(), "params: wanted at least one tensor, got none");
+  check_count("out", out, params);
+  const Device device(params[0]);
+  const std::vector<Output> outputs = outputs_of(out, criteria, true, device.index);
+  const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
+                                                 exp_avg_sq_scale, masters, true, true, device.index);
+  std::vector<int64_t> neurons;
+  std::vector<int> slots;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    STD_TORCH_CHECK(updates[i].w.rows == outputs[i].neurons, "out ", i, ": wanted ", updates[i].w.rows, " neurons, got ",
+                    outputs[i].neurons);
+    neurons.push_back(updates[i].w.rows);
+    slots.push_back(int(i));
+  }
+  const Workspace work(device, neurons);
+  const Hyper hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed);
+  const float* scale = scalar_of(grad_scale, "grad_scale", true, device.index);
+  const float* skip = scalar_of(found_inf, "found_inf", true, device.index);
+  const Scalars scalars{scalar_of(lr_tensor, "lr", true, device.index), scalar_of(clip_coef, "clip_coef", true, device.index),
+                        scale, skip};
+  launch_updates(device, updates, hyper, scalars, &work);
+  return finish(device, slots, work, outputs, criteria, scale, skip);
+}
+
+}  // namespace
+}  // namespace leaml
+
+// select_top stays with torch's device sort (leaml_plugin/ops/reference.py): a sort of a million scores takes less than
+// reading the weights they belong to by two orders of magnitude.
+STABLE_TORCH_LIBRARY_IMPL(leaml, CUDA, m) {
+  m.impl("neuron_relevance_", TORCH_BOX(&leaml::neuron_relevance_cuda));
+  m.impl("sparse_adamw_", TORCH_BOX(&leaml::sparse_adamw_cuda));
+  m.impl("relevance_sparse_adamw_", TORCH_BOX(&leaml::relevance_sparse_adamw_cuda));
+}
