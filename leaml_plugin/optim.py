@@ -115,6 +115,7 @@ class SparseAdamW(torch.optim.Optimizer):
             raise LeamlError(f"SparseAdamW: betas must be at least 0 and below 1, got {betas}.")
         self.max_grad_norm, self.relevance_criterion = max_grad_norm, relevance
         self.grad_norm: Tensor | None = None
+        self._every_row: dict[tuple[int, torch.device], Tensor] = {}
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -185,6 +186,7 @@ class SparseAdamW(torch.optim.Optimizer):
     ) -> None:
         state = [self._state(p, group) for p in params]
         targets, rows, grads, masters, relevance = [], [], [], [], []
+        no_master = torch.empty(0, device=device)
         for p, s in zip(params, state):
             base: BaseRows | None = getattr(p, "leaml_base", None)
             if base is not None:
@@ -194,9 +196,9 @@ class SparseAdamW(torch.optim.Optimizer):
                 masters.append(p.detach())
             else:
                 targets.append(_matrix(p.detach()))
-                rows.append(s["rows"] if "rows" in s else torch.arange(targets[-1].shape[0], device=device))
+                rows.append(s["rows"] if "rows" in s else self._all_rows(targets[-1]))
                 grads.append(_matrix(p.grad))
-                masters.append(s.get("master", torch.empty(0, device=device)))
+                masters.append(s.get("master", no_master))
                 if with_relevance:
                     relevance.append(s.setdefault("relevance", torch.zeros(targets[-1].shape[0], device=device)))
         scales = None
@@ -237,13 +239,20 @@ class SparseAdamW(torch.optim.Optimizer):
             matrix = _matrix(p.detach())
             handled = hasattr(p, "leaml_base")
             low = matrix.dtype != torch.float32
-            rows = state["rows"] if "rows" in state else torch.arange(matrix.shape[0], device=p.device)
+            rows = state["rows"] if "rows" in state else self._all_rows(matrix)
             state.update(
                 ops.new_state(
                     matrix, rows, eight_bit=group["eight_bit"], master=group["master_weights"] and low and not handled
                 )
             )
         return state
+
+    def _all_rows(self, matrix: Tensor) -> Tensor:
+        """``0 .. rows - 1`` on the matrix's device, made once for each size."""
+        key = (matrix.shape[0], matrix.device)
+        if key not in self._every_row:
+            self._every_row[key] = torch.arange(matrix.shape[0], device=matrix.device)
+        return self._every_row[key]
 
     def _clip(self, grad_scale: Tensor | None) -> Tensor | None:
         if self.max_grad_norm is None:

@@ -252,6 +252,7 @@ class Handle:
             module.__class__ = module._leaml_plain
         for p, required in reversed(self._required):
             p.requires_grad_(required)
+        self._originals.clear()
         self._attached = False
 
     def reselect(self, selection: Selection, optimizer: SparseAdamW | None = None) -> None:

@@ -21,6 +21,7 @@ from leaml_plugin.tuner.convert import (
     merge,
     probe,
     save_adapter,
+    selection_of,
 )
 from leaml_plugin.tuner.layer import LeamlLayer
 from leaml_plugin.tuner.model import LeamlModel
@@ -41,4 +42,5 @@ __all__ = [
     "merge",
     "probe",
     "save_adapter",
+    "selection_of",
 ]

@@ -1,7 +1,7 @@
 """Adapters as files: from tuned weights and back, into a merged model, into LoRA.
 
-Covers: :func:`save_adapter` (from the in-place path), :func:`load_delta`, :func:`diff` (base and tuned model →
-adapter), :func:`merge` (base + adapter → model), :func:`export_lora`, :func:`hotswap`, and
+Covers: :func:`save_adapter` (from the in-place path), :func:`load_delta`, :func:`selection_of`, :func:`diff` (base
+and tuned model → adapter), :func:`merge` (base + adapter → model), :func:`export_lora`, :func:`hotswap`, and
 :func:`max_logit_difference`, the check that each of them can be held to.
 Does not cover: loading an adapter onto a model for use; that is PEFT's ``PeftModel.from_pretrained``.
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from leaml_plugin import artifacts
 from leaml_plugin.errors import LeamlError
-from leaml_plugin.selection import check_base, fingerprint, is_conv1d, is_linear, linear_shape
+from leaml_plugin.selection import Selection, check_base, fingerprint, is_conv1d, is_linear, linear_shape
 from leaml_plugin.selective import Handle
 from leaml_plugin.tuner.config import LeamlConfig
 from leaml_plugin.tuner.layer import LeamlLayer
@@ -124,6 +124,19 @@ def load_delta(adapter: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, Te
                 raise LeamlError(f"{os.fspath(adapter)}: neuron {int(index.max())} of {name} is out of range ({size}).")
             delta[name] = (axis, index, values)
     return delta, config
+
+
+def selection_of(adapter: str | os.PathLike[str]) -> Selection:
+    """The neurons that a LEAML adapter tunes, to be compared, drawn, or tuned further."""
+    delta, config = load_delta(adapter)
+    return Selection(
+        {name: index for name, (axis, index, _) in delta.items() if axis == 0},
+        {name: index for name, (axis, index, _) in delta.items() if axis == 1},
+        sizes=dict(config.sizes),
+        criterion=config.criterion,
+        granularity="ffn" if config.column_counts else "row",
+        base=dict(config.base),
+    )
 
 
 @torch.no_grad()
@@ -459,7 +472,34 @@ def _write(output: Path, config: PeftConfig, tensors: dict[str, Tensor], auto_ma
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     values["auto_mapping"] = auto_mapping
+    if isinstance(config, LeamlConfig) and not (output / "README.md").exists():
+        artifacts.write_text(output / "README.md", _card(config))
     artifacts.write_text(output / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _card(config: LeamlConfig) -> str:
+    """A model card that tells whoever finds the directory how to load it."""
+    counts = config.row_counts | config.column_counts
+    base = config.base_model_name_or_path or "the base model"
+    head = ["---", "library_name: peft", "tags: [leaml]"]
+    if config.base_model_name_or_path:
+        head.append(f"base_model: {json.dumps(config.base_model_name_or_path)}")
+    return "\n".join(
+        [
+            *head,
+            "---",
+            f"A LEAML adapter: {sum(counts.values())} tuned neurons in {len(counts)} modules of {base}.",
+            "PEFT knows the method once `leaml_plugin.tuner` is imported (`pip install leaml_plugin`):",
+            "",
+            "```python",
+            "import leaml_plugin.tuner",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base_model, "this directory")',
+            "```",
+            "",
+        ]
+    )
 
 
 def _read(adapter: Path, weights: bool = True) -> tuple[PeftConfig, dict[str, Tensor]]:

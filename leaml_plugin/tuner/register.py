@@ -25,6 +25,8 @@ def add_member(name: str) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13: what `value in PeftType` looks at
+        PeftType._hashable_values_.append(name)
     type.__setattr__(PeftType, name, member)
     return member
 

@@ -22,6 +22,7 @@ from leaml_plugin.tuner import (
     merge,
     probe,
     save_adapter,
+    selection_of,
 )
 from leaml_plugin.tuner.convert import load_model
 
@@ -70,6 +71,9 @@ def test_save_adapter_from_the_in_place_path(base, chosen, batch, tmp_path, deta
     save_adapter(handle, tmp_path)
     again = PeftModel.from_pretrained(load(base), tmp_path)
     torch.testing.assert_close(logits(again, batch), want, rtol=1e-5, atol=1e-5)
+    found = selection_of(tmp_path)
+    assert found.jaccard(chosen) == 1 and found.validate(load(base), same_base=True)
+    assert "import leaml_plugin.tuner" in (tmp_path / "README.md").read_text()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base and config["criterion"] == "taylor_abs"
     assert config["row_counts"] | config["column_counts"] == chosen.counts()
