@@ -24,11 +24,9 @@ def built(tmp_path_factory):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     env = {**os.environ, "LEAML_NATIVE": "0"}
-    script = (
-        "from setuptools.build_meta import build_wheel, build_sdist; import sys;"
-        "print(build_sdist(sys.argv[1])); print(build_wheel(sys.argv[1]))"
-    )
-    subprocess.run([sys.executable, "-c", script, str(out)], cwd=copy, env=env, check=True, capture_output=True)
+    for build in ("build_sdist", "build_wheel"):
+        script = f"from setuptools import build_meta; build_meta.{build}({str(out)!r})"
+        subprocess.run([sys.executable, "-c", script], cwd=copy, env=env, check=True, capture_output=True)
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
@@ -55,7 +53,7 @@ def test_the_sdist_holds_all_sources(built):
         ["git", "ls-files", "csrc", "tasks", "leaml_plugin"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert set(tracked) - names == set()
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
 
 
 def test_the_wheel_works_outside_the_checkout(built, tmp_path):
