@@ -287,6 +287,8 @@ def main(args: argparse.Namespace) -> int:
         if any("endoscopy" in name for name in names):
             endoscopy = endoscopy or args.data
     limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
+    _need_lmms_eval()
+    _quiet()
     try:
         report = evaluate(
             args.model,
@@ -312,6 +314,15 @@ def main(args: argparse.Namespace) -> int:
         if args.output:
             print(f"results: {Path(args.output) / 'results.json'}")
     return 0
+
+
+def _quiet() -> None:
+    """No progress bars of libraries on standard error, which has our own."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _model_args(text: str) -> dict[str, Any]:

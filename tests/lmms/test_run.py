@@ -123,6 +123,42 @@ def test_sports_tasks(loaded, sportu):
     assert done["results"]["leaml_sports_text"]["exact_match"] in (0, 1)
 
 
+def test_synthetic_tasks_are_made_once_and_run_like_the_real_ones(loaded, monkeypatch, tmp_path):
+    from leaml_plugin import worlds
+
+    monkeypatch.setenv("LEAML_CACHE", str(tmp_path))
+    monkeypatch.setenv("LEAML_SYNTHETIC_PICTURES", "20")
+    settings = {"label_fraction": 0.2, "limit": 10, "log_samples": True, "gen_kwargs": SHORT}
+    names = "leaml_endoscopy_synthetic,leaml_sports_synthetic"
+    first = run.evaluate(loaded, names, **settings)
+    assert len(first["samples"]["leaml_sports_synthetic"]) == 10
+
+    def never(*args, **kwargs):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(worlds, "export", never)
+    again = run.evaluate(loaded, names, **settings)
+    assert again["samples"] == first["samples"]
+    assert again["results"] == first["results"]
+
+
+def test_other_models_of_lmms_eval_can_run_the_tasks(kvasir, sportu, monkeypatch):
+    """Those of the older, simple interface take pictures and text apart."""
+    from lmms_eval.tasks import get_task_dict
+
+    monkeypatch.setenv("LEAML_ENDOSCOPY_DATA", str(kvasir))
+    monkeypatch.setenv("LEAML_SPORTS_DATA", str(sportu))
+    names = ["leaml_endoscopy", "leaml_sports"]
+    for name, task in get_task_dict(names, run._task_manager(names), "simple").items():
+        task.build_all_requests(limit=2)
+        text, options, to_pictures, number, _, split = task.instances[0].args
+        shown = to_pictures(task.dataset[split][number])
+        assert all(isinstance(picture, Image.Image) for picture in shown)
+        assert len(shown) == (1 if name == "leaml_endoscopy" else 7)
+        assert task.dataset[split][number]["question"] in text
+        assert options["temperature"] == 0
+
+
 def test_an_unknown_task_is_suggested(loaded):
     with pytest.raises(LeamlError, match=r"unknown task 'leaml_endoscpy'; did you mean 'leaml_endoscopy"):
         run.evaluate(loaded, "leaml_endoscpy")
