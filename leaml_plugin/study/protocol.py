@@ -30,11 +30,12 @@ class Protocol:
         density, criterion, relevance_loss: of the relevance stage.
         captions: weight of the caption loss, where there is one.
         generator_updates: what the QA loss of the generator may move.
+        qa_task: what the generator learns from the labels: to write pairs ("generate"), or to answer too ("both").
         mode: what the VQA model of the methods with pseudo-QA trains: "full", "selected" or "lora".
         pseudo_pictures: unlabelled pictures that the generator writes about.
         samples, temperature, top_p: texts a picture, and how they are drawn.
         pseudo_share: share of pseudo-labelled questions in a batch.
-        agreement, known_questions, min_logprob: of the filter.
+        agreement, known_questions, min_logprob, round_trip, answer_share: of the filter.
         lora_rank: of the methods that train a LoRA; alpha is twice the rank.
     """
 
@@ -55,6 +56,7 @@ class Protocol:
     relevance_loss: str = "generate"
     captions: float = 1.0
     generator_updates: str = "all"
+    qa_task: str = "both"
     mode: str = "full"
     pseudo_pictures: int = 400
     samples: int = 4
@@ -64,6 +66,8 @@ class Protocol:
     agreement: float = 0.5
     known_questions: bool = False
     min_logprob: float | None = None
+    round_trip: bool = True
+    answer_share: float = 1.0
     lora_rank: int = 16
 
     def __post_init__(self):

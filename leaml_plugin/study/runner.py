@@ -37,7 +37,7 @@ from leaml_plugin.metrics import clustered_mean, exact_match, set_f1
 from leaml_plugin.models import Loaded, target_linears
 from leaml_plugin.records import QA, Picture, Prediction, PseudoQA
 from leaml_plugin.selection import Selection, all_neurons
-from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator
+from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator, verify
 from leaml_plugin.study import packed
 from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, learning_rate
 from leaml_plugin.study.statistics import pack_bits
@@ -100,6 +100,7 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
             caption_batch=protocol.caption_batch,
             caption_weight=protocol.captions if spec.distil else 0.0,
             qa_updates=protocol.generator_updates,
+            qa_task=protocol.qa_task,
         )
         out["generate"] = generate.GenerateConfig(
             samples=protocol.samples,
@@ -110,7 +111,10 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
             shard_size=1 << 20,
             seed=seed,
         )
+        out["verify"] = verify.VerifyConfig(round_trip=protocol.round_trip, batch_size=256, max_new_tokens=16)
         out["filter"] = filter.FilterConfig(
+            round_trip=protocol.round_trip,
+            answer_share=protocol.answer_share,
             agreement=protocol.agreement,
             known_questions=protocol.known_questions,
             min_logprob=protocol.min_logprob,
@@ -290,14 +294,13 @@ class Study:
         world: World,
         stages: Stages,
     ) -> tuple[list[QA], dict]:
-        shards = generate.run(
-            configs["generate"],
-            stages["generate"],
-            load=lambda: Loaded(generator.model.eval(), generator.processor, generator.path),
-            collator=self._collator,
-            prompts=self.prompts,
-            pictures=pictures,
-        )
+        tools: dict[str, Any] = {
+            "load": lambda: Loaded(generator.model.eval(), generator.processor, generator.path),
+            "collator": self._collator,
+            "prompts": self.prompts,
+        }
+        shards = generate.run(configs["generate"], stages["generate"], pictures=pictures, **tools)
+        shards = verify.run(configs["verify"], stages["verify"], shards=shards, **tools)
         path, counts = filter.run(configs["filter"], stages["filter"], shards=shards, labels=labels)
         kept = list(read_records(path, PseudoQA))
         return [pair.as_qa() for pair in kept], {"counts": counts, **world.pseudo_accuracy(kept)}
