@@ -1,0 +1,660 @@
+"""``leaml bench kernels``: every op against named peers and against the physical limit, in one run.
+
+Covers: relevance, selection, sparse AdamW, their fusion and the selective weight gradient, by dtype and density, at the
+layer shapes of Qwen2.5-VL. Each repetition times every contender once, in rotated order; a ratio is the median over the
+repetitions of ``peer time / our time`` of the same repetition, so a slow moment of the machine hits both sides. On the
+CPU with one thread it is that thread's CPU time that is taken, which a busy neighbour does not lengthen.
+Does not cover: whole training steps (``step``) and correctness (the tests).
+
+The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by a
+read-modify-write of as many bytes, or by reading as many where the op only reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leaml_plugin.errors import LeamlError, unknown_name
+
+OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
+DTYPES = ("float32", "bfloat16", "float16")
+# (hidden, feed-forward, key-value width, layers of the language model)
+MODELS = {
+    "qwen2.5-vl-3b": (2048, 11008, 256, 36),
+    "qwen2.5-vl-7b": (3584, 18944, 512, 28),
+    "tiny": (256, 688, 64, 2),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the benchmark; the defaults fit a laptop's CPU."""
+
+    ops: Sequence[str] = OPS
+    dtypes: Sequence[str] = DTYPES
+    densities: Sequence[float] = (0.01, 0.05, 0.10, 0.20)
+    model: str = "qwen2.5-vl-3b"
+    layers: int = 0  # 0: one on a CPU, all that fit on a GPU
+    device: str = "auto"
+    threads: int = 1
+    pairs: int = 15
+    compile: bool = True
+    peers: Sequence[str] = ()  # none: all
+    json: Path | None = None
+    plot: Path | None = None
+
+    def validate(self) -> None:
+        """Raises LeamlError for a name that is not known or a number out of range."""
+        for kind, values, known in (("op", self.ops, OPS), ("dtype", self.dtypes, DTYPES)):
+            for value in values:
+                if value not in known:
+                    raise unknown_name(f"benchmark {kind}", value, known)
+        if self.model not in MODELS:
+            raise unknown_name("benchmark model", self.model, MODELS)
+        for density in self.densities:
+            if not 0.0 < density <= 1.0:
+                raise LeamlError(f"--densities: wanted fractions above 0 and up to 1, got {density}.")
+        if self.pairs < 3:
+            raise LeamlError(f"--pairs: a median needs at least 3, got {self.pairs}.")
+
+
+@dataclass
+class Contender:
+    """One way to do the work. ``before`` is not timed."""
+
+    name: str
+    run: Callable[[], Any]
+    before: Callable[[], Any] | None = None
+
+
+@dataclass
+class Row:
+    """One line of the result: times in milliseconds, ``ratio[peer]`` = peer's time / our time."""
+
+    op: str
+    dtype: str
+    density: float | None
+    device: str
+    time_ms: float
+    limit_share: float | None
+    ratio: dict[str, float]
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+    bytes: int | None = None
+    bandwidth_gb_s: float | None = None
+    model: str = ""
+    layers: int = 0
+    parameters: int = 0
+    pairs: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+class Timer:
+    """Milliseconds of one call: CUDA events, the thread's CPU time, or the clock where there are several threads."""
+
+    def __init__(self, device: Any, threads: int):
+        import torch
+
+        self.cuda = device.type == "cuda"
+        self.torch = torch
+        self.clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+
+    def __call__(self, contender: Contender) -> float:
+        if contender.before is not None:
+            contender.before()
+        if not self.cuda:
+            start = self.clock()
+            contender.run()
+            return (self.clock() - start) / 1e6
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.torch.cuda.synchronize()
+        begin.record()
+        contender.run()
+        end.record()
+        self.torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+
+def compare(contenders: Sequence[Contender], timer: Timer, pairs: int) -> list[dict[str, float]]:
+    """``pairs`` repetitions of all contenders, each repetition in another order, after two to warm up."""
+    for contender in contenders:
+        for _ in range(2):
+            timer(contender)
+    result = []
+    for number in range(pairs):
+        shift = number % len(contenders)
+        order = [*contenders[shift:], *contenders[:shift]]
+        result.append({contender.name: timer(contender) for contender in order})
+    return result
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_bytes: int) -> dict[str, Any]:
+    """Medians of the paired ratios. ``limit`` moved ``measured_bytes``; the op needs ``limit_bytes``."""
+    ours = [t["ours"] for t in times]
+    result: dict[str, Any] = {"time_ms": statistics.median(ours), "ratio": {}, "spread": {}, "limit_share": None}
+    for name in times[0]:
+        if name in ("ours", "limit"):
+            continue
+        ratios = [t[name] / t["ours"] for t in times]
+        result["ratio"][name] = round(statistics.median(ratios), 3)
+        result["spread"][name] = (round(quantile(ratios, 0.2), 3), round(quantile(ratios, 0.8), 3))
+    if "limit" in times[0] and limit_bytes:
+        shares = [t["limit"] * limit_bytes / measured_bytes / t["ours"] for t in times]
+        result["limit_share"] = round(statistics.median(shares), 3)
+        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
+        result["bandwidth_gb_s"] = round(measured_bytes / statistics.median(t["limit"] for t in times) / 1e6, 1)
+        result["bytes"] = limit_bytes
+    return result
+
+
+class Limit:
+    """A buffer that is streamed through memory: the read-modify-write (or the read) that bounds an op."""
+
+    def __init__(self, count: int, device: Any, read_only: bool):
+        import torch
+
+        # larger than the caches, whatever the op moves; the time is scaled to the op's bytes
+        self.elements = max(count // (4 if read_only else 8), 48 * 2**20 // 4)
+        self.buffer = torch.ones(self.elements, device=device)
+        self.bytes = self.elements * (4 if read_only else 8)
+        self.contender = Contender("limit", self.buffer.sum if read_only else lambda: self.buffer.add_(1.0))
+
+
+# --- the layers ----------------------------------------------------------------------------------------------------
+
+
+def layer_shapes(model: str) -> list[tuple[int, int]]:
+    """``[out, in]`` of one decoder layer's Linears: q, k, v, o, gate, up, down."""
+    hidden, inner, kv, _ = MODELS[model]
+    return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), *[(inner, hidden)] * 2, (hidden, inner)]
+
+
+class Layers:
+    """Weights, gradients, rows and state of some layers in one dtype."""
+
+    def __init__(self, config: Config, dtype: Any, device: Any, layers: int):
+        import torch
+
+        self.device, self.dtype, self.layers = device, dtype, layers
+        shapes = layer_shapes(config.model) * layers
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(scale: float) -> list[Any]:
+            return [(torch.randn(s, device=device, generator=generator) * scale).to(dtype) for s in shapes]
+
+        self.weights, self.grads = normal(0.02), normal(1e-3)
+        self.out = [torch.zeros(s[0], device=device) for s in shapes]
+        self.parameters = sum(w.numel() for w in self.weights)
+
+    def select(self, density: float) -> None:
+        """Rows of a random selection and their fp32 state."""
+        import torch
+
+        from leaml_plugin import ops
+
+        generator = torch.Generator().manual_seed(1)
+        self.rows = [
+            torch.randperm(w.shape[0], generator=generator)[: ops.selected_count(density, w.shape[0])].sort().values
+            for w in self.weights
+        ]
+        self.rows = [r.to(self.device) for r in self.rows]
+        states = [ops.new_state(w, r) for w, r in zip(self.weights, self.rows)]
+        self.exp_avg = [s["exp_avg"] for s in states]
+        self.exp_avg_sq = [s["exp_avg_sq"] for s in states]
+        self.steps = [s["step"] for s in states]
+        self.selected = sum(m.numel() for m in self.exp_avg)
+
+    @property
+    def step_lists(self) -> tuple[list[Any], ...]:
+        return self.weights, self.rows, self.grads, self.exp_avg, self.exp_avg_sq, self.steps
+
+
+# --- the peers -------------------------------------------------------------------------------------------------------
+
+
+def eager_relevance(weights, grads, out) -> None:
+    """What one writes in PyTorch: the first-order Taylor score of every row."""
+    for w, g, o in zip(weights, grads, out):
+        o += (w * g).sum(1, dtype=o.dtype).abs()
+
+
+def eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, decay) -> None:
+    """The selected rows by indexing, fp32 state."""
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    for w, r, g, m, v in zip(weights, rows, grads, exp_avg, exp_avg_sq):
+        own, grad = w[r].to(m.dtype), g[r].to(m.dtype)
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        own = own * (1 - lr * decay) - (lr / correction1) * m / ((v / correction2).sqrt() + eps)
+        w[r] = own.to(w.dtype)
+
+
+HYPER = (1e-4, 0.9, 0.999, 1e-8, 0.01)
+
+
+def gather_fused_scatter(layers: Layers) -> Callable[[], None]:
+    import torch
+
+    scalar_steps = [torch.ones((), device=layers.device) for _ in layers.weights]
+    lr, beta1, beta2, eps, decay = HYPER
+
+    def run() -> None:
+        own = [w.index_select(0, r).float() for w, r in zip(layers.weights, layers.rows)]
+        grads = [g.index_select(0, r).float() for g, r in zip(layers.grads, layers.rows)]
+        torch._fused_adamw_(
+            own, grads, layers.exp_avg, layers.exp_avg_sq, [], scalar_steps,
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        for w, r, values in zip(layers.weights, layers.rows, own):
+            w.index_copy_(0, r, values.to(w.dtype))
+
+    return run
+
+
+def masked_dense(layers: Layers, **options: Any) -> Callable[[], None]:
+    """torch.optim.AdamW over whole weights whose gradients were masked beforehand (the masking is not timed)."""
+    import torch
+
+    params = [torch.nn.Parameter(w.clone()) for w in layers.weights]
+    for p, g, r in zip(params, layers.grads, layers.rows):
+        p.grad = torch.zeros_like(g)
+        p.grad[r] = g[r]
+    optimizer = torch.optim.AdamW(params, lr=HYPER[0], weight_decay=HYPER[4], **options)
+    return optimizer.step
+
+
+def optional_gpu_peers(layers: Layers) -> list[Contender]:
+    """bitsandbytes' and apex's AdamW, dense with masked gradients, where installed."""
+    import importlib.util
+
+    import torch
+
+    peers = []
+
+    def params() -> list[Any]:
+        result = [torch.nn.Parameter(w.clone()) for w in layers.weights]
+        for p, g in zip(result, layers.grads):
+            p.grad = g.clone()
+        return result
+
+    if importlib.util.find_spec("bitsandbytes"):
+        import bitsandbytes
+
+        peers.append(Contender("bitsandbytes_8bit_masked", bitsandbytes.optim.AdamW8bit(params(), lr=HYPER[0]).step))
+    if importlib.util.find_spec("apex"):
+        from apex.optimizers import FusedAdam
+
+        peers.append(Contender("apex_fused_masked", FusedAdam(params(), lr=HYPER[0]).step))
+    return peers
+
+
+# --- the ops ------------------------------------------------------------
+
+
+class Bench:
+    """State of one run: the device, what was asked for, and the rows so far."""
+
+    def __init__(self, config: Config):
+        import torch
+
+        from leaml_plugin import ops
+        from leaml_plugin.ops import _loader
+
+        config.validate()
+        self.config = config
+        name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(name)
+        torch.set_num_threads(config.threads)
+        if not _loader.native(self.device):
+            raise LeamlError(f"bench kernels: the compiled kernels for {self.device.type} are missing; {why(ops)}")
+        self.timer = Timer(self.device, config.threads)
+        self.machine = machine(self.device, config.threads)
+        self.rows: list[Row] = []
+
+    def layers_that_fit(self, element_size: int) -> int:
+        if self.config.layers:
+            return self.config.layers
+        if self.device.type == "cpu":
+            return 1
+        import torch
+
+        per_layer = sum(a * b for a, b in layer_shapes(self.config.model))
+        free, _ = torch.cuda.mem_get_info()
+        # weight, gradient, a masked copy of both and the dense peers' two moments
+        return max(1, min(MODELS[self.config.model][3], int(free * 0.8 / (per_layer * (4 * element_size + 16)))))
+
+    def wanted(self, contenders: list[Contender]) -> list[Contender]:
+        if not self.config.peers:
+            return contenders
+        return [c for c in contenders if c.name in ("ours", "limit") or c.name in self.config.peers]
+
+    def measure(self, op: str, dtype: str, density: float | None, contenders: list[Contender], limit: Limit | None,
+                needed: int | None, layers: Layers | None) -> None:  # fmt: skip
+        chosen = self.wanted([*contenders, *([limit.contender] if limit else [])])
+        times = compare(chosen, self.timer, self.config.pairs)
+        values = summary(times, needed, limit.bytes if limit else 0)
+        self.rows.append(
+            Row(op=op, dtype=dtype, density=density, device=self.machine["device"], model=self.config.model,
+                layers=layers.layers if layers else 0, parameters=layers.parameters if layers else 0,
+                pairs=self.config.pairs, machine=self.machine, **values)
+        )  # fmt: skip
+        print(line(self.rows[-1]), flush=True)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        import torch
+
+        return torch.compile(function)
+
+    def relevance(self, dtype: str, layers: Layers) -> None:
+        from leaml_plugin import ops
+
+        lists = (layers.weights, layers.grads, layers.out)
+        contenders = [
+            Contender("ours", lambda: ops.neuron_relevance_(*lists)),
+            Contender("eager", lambda: eager_relevance(*lists)),
+        ]
+        if self.config.compile:
+            fast = self.compiled(eager_relevance)
+            contenders.append(Contender("compile", lambda: fast(*lists)))
+        needed = 2 * layers.parameters * layers.weights[0].element_size()
+        self.measure("relevance", dtype, None, contenders, Limit(needed, self.device, True), needed, layers)
+
+    def sparse_adamw(self, dtype: str, layers: Layers, density: float) -> None:
+        import torch
+
+        from leaml_plugin import ops
+
+        size = layers.weights[0].element_size()
+        needed = layers.selected * (3 * size + 16)  # weight and both moments both ways, gradient one way
+        step = torch.ones((), device=layers.device)
+        contenders = [
+            Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, lr=HYPER[0])),
+            Contender("gather_fused_scatter", gather_fused_scatter(layers)),
+            Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
+        ]
+        if self.config.compile:
+            fast = self.compiled(eager_sparse_adamw)
+            contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
+        limit = Limit(needed, self.device, False)
+        self.measure("sparse_adamw", dtype, density, contenders, limit, needed, layers)
+        # the dense peers take so long that a few pairs tell: a measurement of their own, with ours beside it
+        dense = [contenders[0], Contender("dense_fused_masked", masked_dense(layers, fused=True))]
+        few = max(3, self.config.pairs // 3)
+        for peers in (dense, [contenders[0], Contender("dense_foreach_masked", masked_dense(layers, foreach=True))]):
+            chosen = self.wanted(peers)
+            if len(chosen) > 1:
+                merge(self.rows[-1], summary(compare(chosen, self.timer, few), None, 0))
+        if layers.device.type == "cuda":
+            for peer in optional_gpu_peers(layers):
+                merge(self.rows[-1], summary(compare([contenders[0], peer], self.timer, few), None, 0))
+        print(line(self.rows[-1]), flush=True)
+
+    def fusion(self, dtype: str, layers: Layers, density: float) -> None:
+        from leaml_plugin import ops
+
+        size = layers.weights[0].element_size()
+        # every weight and gradient once; of the selected, the weight back and both moments both ways
+        needed = 2 * layers.parameters * size + layers.selected * (size + 16)
+
+        def parts() -> None:
+            ops.neuron_relevance_(layers.weights, layers.grads, layers.out)
+            ops.sparse_adamw_(*layers.step_lists, lr=HYPER[0])
+
+        contenders = [
+            Contender("ours", lambda: ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, lr=HYPER[0])),
+            Contender("our_two_parts", parts),
+            Contender("relevance_alone", lambda: ops.neuron_relevance_(layers.weights, layers.grads, layers.out)),
+        ]
+        self.measure("fusion", dtype, density, contenders, Limit(needed, self.device, True), needed, layers)
+
+    def select(self, density: float) -> None:
+        """One score for every neuron of the whole model."""
+        import torch
+
+        from leaml_plugin import ops
+
+        count = MODELS[self.config.model][3]
+        scores = [torch.rand(shape[0], device=self.device) for shape in layer_shapes(self.config.model) * count]
+        flat = torch.cat(scores)
+        k = ops.selected_count(density, flat.numel())
+        contenders = [
+            Contender("ours", lambda: ops.select_top(scores, density, scope="model")),
+            Contender("topk", lambda: torch.topk(torch.cat(scores), k).indices.sort()),
+            Contender("sort", lambda: torch.sort(torch.cat(scores), descending=True, stable=True).indices[:k].sort()),
+        ]
+        self.measure("select", "float32", density, contenders, None, None, None)
+
+    def weight_grad(self, dtype: str, torch_dtype: Any, density: float) -> None:
+        """Tokens of a short batch through the feed-forward projection."""
+        import torch
+
+        from leaml_plugin import ops
+
+        hidden, inner, _, _ = MODELS[self.config.model]
+        tokens = 256 if self.device.type == "cpu" else 8192
+        x = torch.randn(tokens, hidden, device=self.device).to(torch_dtype)
+        grad = torch.randn(tokens, inner, device=self.device).to(torch_dtype)
+        k = ops.selected_count(density, inner)
+        rows = torch.randperm(inner, generator=torch.Generator().manual_seed(0))[:k].sort().values.to(self.device)
+        contenders = [
+            Contender("ours", lambda: ops.selected_weight_grad(x, grad, rows)),
+            Contender("whole_gradient", lambda: grad.t() @ x),
+            Contender("whole_then_select", lambda: (grad.t() @ x).index_select(0, rows)),
+        ]
+        self.measure("weight_grad", dtype, density, contenders, None, None, None)
+
+    def run(self) -> list[Row]:
+        import torch
+
+        config = self.config
+        print(header(self.machine), flush=True)
+        if "select" in config.ops:
+            for density in config.densities:
+                self.select(density)
+        for dtype in config.dtypes:
+            torch_dtype = getattr(torch, dtype)
+            if "weight_grad" in config.ops:
+                for density in config.densities:
+                    self.weight_grad(dtype, torch_dtype, density)
+            if not {"relevance", "sparse_adamw", "fusion"} & set(config.ops):
+                continue
+            layers = Layers(config, torch_dtype, self.device, self.layers_that_fit(torch_dtype.itemsize))
+            if "relevance" in config.ops:
+                self.relevance(dtype, layers)
+            for density in config.densities:
+                layers.select(density)
+                if "sparse_adamw" in config.ops:
+                    self.sparse_adamw(dtype, layers, density)
+                if "fusion" in config.ops:
+                    self.fusion(dtype, layers, density)
+            del layers
+        if self.device.type == "cpu" and "relevance" in config.ops and not config.peers:
+            self.tuned_allocator()
+        return self.rows
+
+    def tuned_allocator(self) -> None:
+        """Eager relevance again where the allocator keeps large blocks, which spares it most page faults."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "rows.json"
+            command = [
+                sys.executable, "-m", "leaml_plugin.benchmark.kernels", "--ops", "relevance", "--peers", "eager",
+                "--dtypes", *self.config.dtypes, "--model", self.config.model, "--device", "cpu", "--layers",
+                str(self.config.layers), "--threads", str(self.config.threads), "--pairs", str(self.config.pairs),
+                "--json", str(target),
+            ]  # fmt: skip
+            tuned = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+            subprocess.run(command, env={**os.environ, **tuned}, check=True, stdout=subprocess.DEVNULL)
+            for extra in json.loads(target.read_text()):
+                for row in self.rows:
+                    if (row.op, row.dtype) == (extra["op"], extra["dtype"]):
+                        row.ratio["eager_tuned_malloc"] = extra["ratio"]["eager"]
+                        row.spread["eager_tuned_malloc"] = tuple(extra["spread"]["eager"])
+                        print(line(row), flush=True)
+
+
+def merge(row: Row, values: dict[str, Any]) -> None:
+    row.ratio |= values["ratio"]
+    row.spread |= values["spread"]
+
+
+def why(ops: Any) -> str:
+    info = ops.build_info()
+    return "; ".join(str(info[kind]["cause"]) for kind in ("cpu", "cuda") if info[kind]["cause"]) or "forced off"
+
+
+def machine(device: Any, threads: int) -> dict[str, Any]:
+    """What the numbers were taken on."""
+    import torch
+
+    from leaml_plugin import ops
+
+    info = ops.build_info()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    result = {
+        "device": name if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": threads,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpu_features": info["cpu_features"],
+        "date": time.strftime("%Y-%m-%d"),
+        "clock": "CUDA events" if device.type == "cuda" else "thread CPU time" if threads == 1 else "wall",
+    }
+    return result
+
+
+# --- showing ------------------------------------------------------------
+
+
+def header(info: dict[str, Any]) -> str:
+    return (
+        f"{info['device']}, {info['threads']} thread(s), torch {info['torch']}, {info['clock']}; "
+        "ratio = peer's time / our time, median of paired runs [20th-80th percentile]"
+    )
+
+
+def line(row: Row) -> str:
+    density = "" if row.density is None else f"{row.density:.0%}"
+    share = "" if row.limit_share is None else f"limit {row.limit_share:.2f}"
+    peers = "  ".join(
+        f"{name} {value:.2f} [{row.spread[name][0]:.2f}-{row.spread[name][1]:.2f}]" for name, value in row.ratio.items()
+    )
+    return f"{row.op:13} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:11} {peers}"
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [vars(row) for row in rows]
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Time of a sparse AdamW step against density, ours and each peer's, one panel a dtype."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LeamlError("--plot needs matplotlib; install leaml_plugin[report].") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [row for row in rows if row.op == "sparse_adamw" and row.density]
+    dtypes = list(dict.fromkeys(row.dtype for row in steps))
+    if not dtypes:
+        raise LeamlError("--plot draws sparse_adamw; it is not among the ops measured.")
+    figure, panels = pyplot.subplots(1, len(dtypes), figsize=(4.2 * len(dtypes), 3.6), squeeze=False, sharey=True)
+    for panel, dtype in zip(panels[0], dtypes):
+        own = [row for row in steps if row.dtype == dtype]
+        density = [100 * row.density for row in own]
+        panel.plot(density, [row.time_ms for row in own], "o-", lw=2, label="leaml")
+        panel.plot(density, [row.time_ms * (row.limit_share or math.nan) for row in own], "k:", label="limit")
+        for name in own[0].ratio:
+            panel.plot(density, [row.time_ms * row.ratio.get(name, math.nan) for row in own], ".-", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="density, %", title=dtype)
+        panel.set_xticks(density, [f"{d:g}" for d in density])
+        panel.minorticks_off()
+    panels[0][0].set_ylabel("ms per step")
+    panels[0][-1].legend(fontsize=7)
+    first = steps[0]
+    figure.suptitle(f"sparse AdamW, {first.layers} layer(s) of {first.model}, {first.device}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+# --- the command ------------------------------------------------------------
+
+
+def run(config: Config) -> list[Row]:
+    """Measure; write the JSON and the plot where asked for."""
+    bench = Bench(config)
+    rows = bench.run()
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")
+    if config.plot is not None:
+        plot(rows, config.plot)
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``leaml bench kernels``."""
+    default = Config()
+    parser.add_argument("--ops", nargs="+", default=list(default.ops), help=f"among {', '.join(OPS)}")
+    parser.add_argument("--dtypes", nargs="+", default=list(default.dtypes), help=f"among {', '.join(DTYPES)}")
+    parser.add_argument("--densities", nargs="+", type=float, default=list(default.densities), metavar="FRACTION")
+    parser.add_argument("--model", default=default.model, help=f"layer shapes: {', '.join(MODELS)}")
+    parser.add_argument("--layers", type=int, default=0, help="how many (default: 1 on a CPU, all that fit on a GPU)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1 its CPU time is taken (default: 1)")
+    parser.add_argument("--pairs", type=int, default=default.pairs, help="repetitions (default: %(default)s)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--peers", nargs="+", default=[], help="only these peers")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw cost against density here (.svg, .png)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``leaml bench kernels``; exit code 0."""
+    names = (
+        "ops",
+        "dtypes",
+        "densities",
+        "model",
+        "layers",
+        "device",
+        "threads",
+        "pairs",
+        "compile",
+        "peers",
+        "json",
+        "plot",
+    )
+    run(Config(**{name: getattr(args, name) for name in names}))
+    return 0
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(_parser)
+    raise SystemExit(main(_parser.parse_args()))
