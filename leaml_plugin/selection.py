@@ -286,6 +286,9 @@ class RelevanceScorer:
     run over the unit's gate row, up row and down column together. (Up row and down column have the same sum of
     ``w*g``, both being the unit's activation times its gradient.)
 
+    Score the model itself, not one wrapped in DDP: DDP averages the gradients of all ranks before they can be read,
+    and :meth:`scores` sums over ranks anyway.
+
     NaN or infinite gradients make the neuron's score NaN or infinite; :func:`select` refuses such scores.
 
     Raises :class:`LeamlError` for weights that are not floating point (quantised bases give no weight gradient),

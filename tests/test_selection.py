@@ -136,6 +136,19 @@ def test_ffn_scores_join_gate_up_and_down(net, gradients):
     assert chosen.validate(net).keys() == chosen.counts().keys()
 
 
+def test_ffn_without_a_gate(net):
+    """As GPT or CLIP have it: models.ffn_groups names no gate."""
+    groups = [(None, up, down) for _, up, down in GROUPS]
+    with RelevanceScorer(linears(net), "fisher", "ffn", groups=groups) as scorer:
+        loss_of(net, batches()[0]).backward()
+        up, down = (net.get_submodule(n).weight.grad.clone() for n in GROUPS[0][1:])
+        scorer.accumulate()
+    scores = scorer.scores()
+    torch.testing.assert_close(scores.scores["layers.0"], up.square().sum(1) + down.square().sum(0))
+    chosen = select(scores, 0.2)
+    assert set(chosen.rows) == {"layers.0.up", "layers.1.up"} and set(chosen.columns) == {g[2] for g in GROUPS}
+
+
 def test_conv1d_neurons_are_its_columns():
     torch.manual_seed(0)
     conv = Conv1D(5, 3)  # 3 inputs, 5 neurons

@@ -68,6 +68,40 @@ def test_compact_gradient_is_the_dense_one(conv, columns):
     assert all(p.grad is None for n, p in model.named_parameters() if "selected" not in n)
 
 
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (0, 6), (5, 6), (2, 3, 6), (2, 1, 3, 6), "strided", "expanded"])
+def test_odd_inputs(shape, columns):
+    """Any number of leading axes, empty batches, transposed and expanded inputs: as the plain Linear."""
+    if shape == "strided":
+        x = torch.randn(6, 4, 3).permute(2, 1, 0)
+    elif shape == "expanded":
+        x = torch.randn(1, 1, 6).expand(3, 4, 6)
+    else:
+        x = torch.randn(shape)
+    plain, tuned = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4))
+    tuned.load_state_dict(plain.state_dict())
+    index = torch.tensor([0, 3])
+    rows, cols = ({}, {"0": index}) if columns else ({"0": index}, {})
+    handle = attach(tuned, Selection(rows, cols))
+    for model in (plain, tuned):
+        model(x).square().sum().backward()
+    want = plain[0].weight.grad.index_select(int(columns), index)
+    torch.testing.assert_close(next(handle.parameters()).grad, want.t() if columns else want)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_module_used_twice_gets_both_gradients(columns):
+    plain, tuned = nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6))
+    tuned.load_state_dict(plain.state_dict())
+    index = torch.tensor([0, 3])
+    handle = attach(tuned, Selection({}, {"0": index}) if columns else Selection({"0": index}))
+    x = torch.randn(3, 6)
+    for model in (plain, tuned):
+        model(model(x)).square().sum().backward()
+    want = plain[0].weight.grad.index_select(int(columns), index)
+    torch.testing.assert_close(next(handle.parameters()).grad, want.t() if columns else want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("make", [SparseAdamW, torch.optim.AdamW, torch.optim.SGD])
