@@ -602,6 +602,23 @@ def written(qa: WorldQA) -> str:
     return f"Question: {' '.join(qa.prompt.split())}\nAnswer: {qa.answer}"
 
 
+def look_up(rng: Rng) -> tuple[str, str]:
+    """Multiple choice without a picture: the letter that stands before a given text."""
+    domain = rng.choice((tuple(COLORS), SHAPES, POSITIONS, NUMBERS, SIZES, EVERYDAY, None))
+    texts = rng.sample(domain, 4) if domain else [pseudo_word(rng) for _ in range(4)]
+    answer = rng.below(4)
+    options = dict(zip("ABCD", texts))
+    lines = [f"Which option is {texts[answer]}?", *(f"{letter}. {text}" for letter, text in options.items())]
+    return "\n".join([*lines, LETTER_REQUEST] if rng.chance(50) else lines), "ABCD"[answer]
+
+
+def dictation(rng: Rng) -> tuple[str, str]:
+    """A line of words to repeat: copying, exercised on every piece of the tokenizer."""
+    words = [rng.choice(EVERYDAY) if rng.chance(30) else pseudo_word(rng) for _ in range(rng.between(2, 7))]
+    text = (" ", "; ", ", ")[rng.below(3)].join(words)
+    return f"Repeat: {text}", text
+
+
 def places(things: tuple[Thing, ...]) -> str:
     """The things in reading order, place first: ``upper-left: large red circle; center: tiny blue bar``."""
     return join([f"{t.position}: {t.size} {t.color} {t.shape}" for t in sorted(things, key=lambda t: t.cell)])
