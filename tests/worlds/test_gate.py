@@ -36,8 +36,9 @@ def test_a_checkpoint_that_knows_nothing_fails_with_its_figures(ignorant, tmp_pa
     assert code == 1
     assert "general object QA 0.0" in printed and "the gate is NOT passed" in printed
     figures = json.loads((tmp_path / "gate.json").read_text())
-    assert figures["worlds"]["endoscopy"]["blind"] > figures["worlds"]["endoscopy"]["all_labels"]
-    assert set(figures["worlds"]["endoscopy"]["templates"]) <= set(blind_majority("endoscopy", pictures=50)["templates"])
+    found = figures["worlds"]["endoscopy"]
+    assert found["blind"] > found["all_labels"]
+    assert set(found["templates"]) <= set(blind_majority("endoscopy", pictures=50)["templates"])
 
 
 def test_a_missing_checkpoint_is_one_sentence(tmp_path):
