@@ -37,7 +37,7 @@ def two_ranks(*jobs: dict) -> list[int]:
         ranks.append(context.Process(target=ddp_job.main, args=(environment, list(jobs))))
         ranks[-1].start()
     for process in ranks:
-        process.join(timeout=240)
+        process.join(timeout=600)
         if process.is_alive():
             process.kill()
             process.join()
