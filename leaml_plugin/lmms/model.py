@@ -156,7 +156,7 @@ class Leaml(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of ``requests``; a batch holds requests of equal options and similar length."""
         results: dict[int, GenerationResult] = {}
-        bar = Progress("answering", len(requests), unit="question")
+        bar = Progress("answering", len(requests), unit="question") if self.rank == 0 else None
         tokens, seconds = 0, 0.0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="leaml-pictures") as ahead:
             pending = None
@@ -172,9 +172,11 @@ class Leaml(lmms):
                         results[position] = GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
                         self.cache_hook.add_partial("generate_until", (request.args[0], options), text)
                         tokens += count
-                    bar.update(len(chunk_done))
+                    if bar:
+                        bar.update(len(chunk_done))
                 pending = following
-        bar.close()
+        if bar:
+            bar.close()
         _log_speed(tokens, seconds, len(requests))
         return [results[i] for i in range(len(requests))]
 
@@ -243,8 +245,10 @@ class Leaml(lmms):
     def _config(self, options: Mapping[str, Any]) -> Any:
         from transformers import GenerationConfig
 
-        temperature = float(options.get("temperature") or 0.0)
-        sampled = bool(options.get("do_sample", temperature > 0)) and temperature > 0
+        given = options.get("temperature")
+        # a task that asks for sampling and no more gets transformers' temperature; temperature 0 is greedy
+        temperature = float(given) if given is not None else float(bool(options.get("do_sample")))
+        sampled = temperature > 0 and bool(options.get("do_sample", True))
         # what is not set comes from the checkpoint, and neither its sampling nor its penalties may decide a benchmark
         values = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
         values |= {name: options[name] for name in _PASSED if options.get(name) is not None}

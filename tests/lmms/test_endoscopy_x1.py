@@ -57,14 +57,13 @@ def test_neither_local_nor_hub_is_one_sentence(tmp_path):
         endoscopy_x1.source(str(tmp_path))
 
 
-def test_through_lmms_eval(x1, kvasir, tiny_models, monkeypatch):
+def test_through_lmms_eval(x1, kvasir, tiny_models):
     pytest.importorskip("lmms_eval")
     from leaml_plugin import models
     from leaml_plugin.lmms import run
 
-    monkeypatch.setenv("LEAML_ENDOSCOPY_X1_DATA", str(x1))
     loaded = models.load(tiny_models("qwen2_5_vl"), device="cpu")
-    settings = {"endoscopy_data": kvasir, "limit": 6, "gen_kwargs": {"max_new_tokens": 4}}
+    settings = {"endoscopy_data": kvasir, "x1_data": x1, "limit": 6, "gen_kwargs": {"max_new_tokens": 4}}
     done = run.evaluate(loaded, "leaml_endoscopy_x1,leaml_endoscopy_x1_nopicture", **settings)
     for values in done["results"].values():
         assert {"bleu", "rouge1", "rouge2", "rougeL", "meteor_stem", "complexity_1"} <= set(values)

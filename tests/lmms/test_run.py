@@ -300,6 +300,28 @@ def test_stops_and_lengths_are_kept(lm):
     assert cut == whole.split(whole[1], 1)[0].strip()
 
 
+@pytest.mark.parametrize(
+    ("options", "sampled", "temperature"),
+    [
+        ({}, False, None),
+        ({"temperature": 0, "do_sample": False, "top_p": 0.9}, False, None),
+        ({"temperature": 0, "do_sample": True}, False, None),
+        ({"do_sample": True}, True, 1.0),
+        ({"temperature": 0.7}, True, 0.7),
+        ({"temperature": 0.7, "do_sample": False}, False, None),
+    ],
+)
+def test_the_task_decides_how_to_decode(lm, options, sampled, temperature):
+    made = lm._config(options)
+    assert made.do_sample is sampled
+    if sampled:
+        assert made.temperature == temperature
+    else:
+        assert made.top_p in (None, 1.0)
+    assert made.repetition_penalty == 1.0
+    assert made.max_new_tokens == 64
+
+
 def test_what_it_cannot_read_is_named(lm):
     with pytest.raises(LeamlError, match=r"t document 0: holds audio"):
         ask(lm, [[{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]])
