@@ -134,7 +134,7 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, str]:
             continue  # packed 8-bit float storage
         flat = weight.detach().reshape(-1)
         count = min(1024, flat.numel())
-        index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64, device="cpu").round().long()
+        index = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)  # in integers: the same on any machine
         sample = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
         digest = hashlib.sha256(repr(linear_shape(module)).encode())
         digest.update(sample.numpy().tobytes())
