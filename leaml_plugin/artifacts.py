@@ -20,13 +20,16 @@ the old file or the new one and a process may be killed at any moment.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from leaml_plugin import records
 from leaml_plugin.errors import LeamlError
@@ -194,6 +197,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
+        self._lock: _Lock | None = None
 
     @classmethod
     def open(
@@ -209,7 +213,8 @@ class RunDirectory:
         what an existing run was started with. ``check`` is called before a new run is created and may refuse it.
 
         Raises:
-            LeamlError: the directory holds something else; nothing in it is touched then.
+            LeamlError: the directory holds something else, cannot be written, or another process works on it; nothing
+                in it is touched then.
         """
         path = Path(path)
         resolved = json.loads(json.dumps({"config": config, "inputs": inputs}))
@@ -220,10 +225,17 @@ class RunDirectory:
         elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
             raise LeamlError(f"{path} exists and is no run directory of leaml: name another --output, or an empty one.")
         else:
+            _check_writable(path)
             check()
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(record, resolved)
-        return cls(path, key)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                write_json(record, resolved)
+            except OSError as error:
+                raise LeamlError(f"{path} cannot be made ({error.strerror}): name another --output.") from error
+        run = cls(path, key)
+        run._lock = _Lock.of(path)
+        _remove_leftovers(path)
+        return run
 
     @staticmethod
     def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -261,6 +273,52 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a directory that could not be made, before anything expensive."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise LeamlError(f"{path} cannot be made, since {there} {why}: name another --output.")
+
+
+class _Lock:
+    """Keeps other processes out of a run as long as this object lives; a killed process leaves none behind.
+
+    Two processes at once would write into each other's logs and checkpoints.
+    """
+
+    _held: ClassVar[weakref.WeakValueDictionary[Path, _Lock]] = weakref.WeakValueDictionary()
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path / CONFIG, os.O_RDONLY)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LeamlError(
+                f"{path}: another process works on this run: wait for it, or name another --output."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+
+    def __del__(self):
+        os.close(self._fd)
+
+    @classmethod
+    def of(cls, path: Path) -> _Lock:
+        """The lock of a run directory; within a process it is shared."""
+        lock = cls._held.get(path.resolve())
+        if lock is None:
+            lock = cls._held[path.resolve()] = cls(path)
+        return lock
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete the temporary files of a killed process."""
+    for leftover in [*path.glob(".*.tmp"), *path.glob("stages/**/.*.tmp")]:
+        if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name) and leftover.is_file():
+            leftover.unlink()
 
 
 def _short(value: Any) -> str:

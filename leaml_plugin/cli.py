@@ -8,6 +8,7 @@ error and exit code 2; results go to standard output.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 
@@ -58,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _serialisation_error() -> type[Exception]:
+    """What safetensors raises, where it is loaded at all; it hides the system's error in its text."""
+    return getattr(sys.modules.get("safetensors"), "SafetensorError", OSError)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -79,6 +85,15 @@ def main(argv: list[str] | None = None) -> int:
     except LeamlError as error:
         print(f"leaml: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, _serialisation_error()) as error:
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in full and not any(f"(os error {n})" in str(error) for n in full):
+            raise
+        name = getattr(error, "filename", None)
+        print(
+            f"leaml: {f'{name}: ' if name else ''}the disk is full; make room and repeat the command.", file=sys.stderr
+        )
+        return LeamlError.exit_code
     except KeyboardInterrupt:
         print("leaml: interrupted; the same command takes up where it stopped.", file=sys.stderr)
         return 130

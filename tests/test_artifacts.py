@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -127,3 +129,42 @@ def test_step_log_continues_where_the_checkpoint_stands(tmp_path):
     log.append({"step": 3})
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_an_output_that_cannot_be_made_is_told_before_the_check(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def check():
+        raise AssertionError("expensive")
+
+    with pytest.raises(LeamlError, match=r"file is a file: name another --output"):
+        RunDirectory.open(tmp_path / "file" / "run", {}, {}, check)
+    with pytest.raises(LeamlError, match=r"cannot be made"):
+        RunDirectory.open("/proc/leaml/run", {}, {})
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, {})
+    RunDirectory.open(tmp_path / "run", {}, {})  # within a process it is shared
+    code = (
+        "import sys; from leaml_plugin.artifacts import RunDirectory; from leaml_plugin.errors import LeamlError\n"
+        "try: RunDirectory.open(sys.argv[1], {}, {})\n"
+        "except LeamlError as error: sys.exit(str(error))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert "another process works on this run" in refused.stderr
+    del run
+    assert subprocess.run(command).returncode == 0
+
+
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
+    run = RunDirectory.open(tmp_path, {}, {})
+    stage = run.stage("generate")
+    leftovers = [tmp_path / ".report.html.123.tmp", stage.file(".part-000001.jsonl.123.tmp")]
+    for path in leftovers:
+        path.write_text("half")
+    (tmp_path / ".mine").write_text("stays")
+    RunDirectory.open(tmp_path, {}, {})
+    assert not any(path.exists() for path in leftovers)
+    assert (tmp_path / ".mine").exists()

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 
 import leaml_plugin
 from leaml_plugin import cli
@@ -51,3 +52,28 @@ def test_show_settings(capsys):
 
     assert cli.main(["adapt", "--show-settings"]) == 0
     assert json.loads(capsys.readouterr().out)["finetune"]["train"]["steps"] > 0
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    import errno
+
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from leaml_plugin.commands import doctor
+
+    def write(error):
+        def main(args):
+            raise error
+
+        return main
+
+    monkeypatch.setattr(doctor, "main", write(OSError(errno.ENOSPC, "No space left on device", "/runs/log.jsonl")))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "leaml: /runs/log.jsonl: the disk is full; make room and repeat the command.\n"
+    monkeypatch.setattr(doctor, "main", lambda args: save_file({"x": torch.zeros(4)}, "/dev/full/x"))
+    with pytest.raises((SafetensorError, OSError)):  # any other error stays what it is
+        cli.main(["doctor"])
+    monkeypatch.setattr(doctor, "main", write(SafetensorError("I/O error: No space left on device (os error 28)")))
+    assert cli.main(["doctor"]) == 2
+    assert "the disk is full" in capsys.readouterr().err
