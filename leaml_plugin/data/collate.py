@@ -296,7 +296,8 @@ class Collator:
             with _TOKENIZING:
                 return dict(self.processor(text=[text], return_tensors="pt", truncation=False, **kwargs))
         except ValueError as error:
-            raise LeamlError(f"{where}: the processor refuses it ({str(error).splitlines()[0]})") from error
+            why = str(error).splitlines()[0]
+            raise LeamlError(f"{where}: the model's processor refuses it ({why}); change or remove it.") from error
 
     @staticmethod
     def _split(data: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -147,6 +147,8 @@ class _Paths:
             raise LeamlError(f"{source}: field {field!r} is {kind} ({_short(value)}); store the picture in a file.")
         if "\0" in value:
             raise LeamlError(f"{source}: field {field!r} has a NUL character; correct the path.")
+        if _has_surrogate(value):
+            raise LeamlError(f"{source}: field {field!r} holds half a character (a lone surrogate); correct the path.")
         if not self.roots:
             raise LeamlError(
                 f"{source}: field {field!r} is a path ({_short(value)}); give the image root it lies under."
@@ -345,7 +347,7 @@ def _text(record: _Record, field: str, value: Any, what: str) -> str:
     text = str(value).strip()
     if not text:
         raise record.error(f"field {field!r} is empty; fill in {what} or remove the record.")
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if _has_surrogate(text):
         raise record.error(f"field {field!r} holds half a character (a lone surrogate); correct the text.")
     return text
 
@@ -404,20 +406,22 @@ def _record_id(record: _Record) -> str:
         return record.default_id
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise record.error(f"field {field!r} is {_short(value)}; give the id as text or a whole number.")
-    return str(value)
+    return _text(record, str(field), value, "the id")
 
 
 def _meta(record: _Record, used: Sequence[str | None]) -> dict[str, Any]:
     skip = {*_IMAGE, *_ID, *(u for u in used if u), "conversations", "messages"}
-    return {k: v for k, v in record.row.items() if k not in skip and _is_json(v)}
+    return {k: v for k, v in record.row.items() if k not in skip and _is_json({k: v})}
 
 
 def _is_json(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+        return all(isinstance(k, str) and _is_json(k) and _is_json(v) for k, v in value.items())
     if isinstance(value, list):
         return all(_is_json(v) for v in value)
-    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, str):
+        return not _has_surrogate(value)
+    return value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _options(record: _Record) -> str:
@@ -541,6 +545,10 @@ def _strip_placeholders(text: str) -> str:
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _directory(root: Path) -> list[Picture]:
     """Every picture under ``root``, hidden files and folders aside; links to folders are not followed."""
     found, other = [], {}
@@ -551,6 +559,9 @@ def _directory(root: Path) -> list[Picture]:
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
+                if _has_surrogate(path := os.path.join(folder, name)):
+                    shown = os.fsencode(path).decode("utf-8", "replace")
+                    raise LeamlError(f"{shown}: the name is no UTF-8; rename the file or its folder.")
                 found.append(Path(folder, name))
             elif suffix:
                 other[suffix] = other.get(suffix, 0) + 1
@@ -579,7 +590,8 @@ def _unlabeled(record: _Record) -> tuple[Picture, str, bool]:
 def _with_captions(pictures: list[Picture], path: Path, root: Path) -> list[Picture]:
     """``pictures`` with the captions of a file."""
     if not path.is_file():
-        raise LeamlError(f"{path}: no such file; give the file with the captions.")
+        what = "is a directory" if path.is_dir() else "no such file"
+        raise LeamlError(f"{path}: {what}; give the file with the captions.")
     base, root = Path(os.path.abspath(path)).parent, Path(os.path.abspath(root))
     by_place: dict[str, int] = {}
     for n, picture in enumerate(pictures):

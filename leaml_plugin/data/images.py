@@ -12,7 +12,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode
 
@@ -59,8 +59,13 @@ def open_image(ref: ImageRef) -> Image.Image:
         raise LeamlError(f"{ref.uri}: may not be read; change its permissions.") from error
 
 
-def check_images(records: Iterable[Any], *, progress: bool = True) -> int:
+def check_images(
+    records: Iterable[Any], *, progress: bool = True, seen: Callable[[Any, Image.Image], None] | None = None
+) -> int:
     """Decode every picture of ``records`` (anything with ``images``) once, before anything expensive starts.
+
+    Args:
+        seen: called with each different picture and the first record that has it.
 
     Returns:
         How many different pictures there are.
@@ -76,7 +81,9 @@ def check_images(records: Iterable[Any], *, progress: bool = True) -> int:
     bar = Progress("checking pictures", len(owner), unit="picture") if progress else None
     for ref, record in owner.items():
         try:
-            open_image(ref)
+            picture = open_image(ref)
+            if seen is not None:
+                seen(record, picture)
         except LeamlError as error:
             where = getattr(record, "source", "")
             bad.append(f"{where}: {error}" if where else str(error))

@@ -389,3 +389,21 @@ def test_directories_without_pictures_and_other_mistakes(folder):
         load_unlabeled(write(folder, rows))
     with pytest.raises(LeamlError, match="has no picture"):
         load_unlabeled(write(folder, [{"image": []}]))
+
+
+def test_half_characters_are_told_or_left_out(tmp_path, pictures):
+    row = f'{{"image": "{pictures[0].name}", "question": "q", "answer": "a"'
+    shutil.copy(pictures[0], tmp_path)
+    file = tmp_path / "train.jsonl"
+    file.write_text(row + ', "note": "\\ud800", "\\udfff": 1, "list": ["\\ud800"], "kept": "x"}\n')
+    assert load_labeled(file)[0].meta == {"kept": "x"}
+    file.write_text(row + ', "id": "\\ud800"}\n')
+    with pytest.raises(LeamlError, match="line 1: field 'id' holds half a character"):
+        load_labeled(file)
+    file.write_text(row.replace(pictures[0].name, "\\ud800.png") + "}\n")
+    with pytest.raises(LeamlError, match="line 1: field 'image' holds half a character"):
+        load_labeled(file)
+    (tmp_path / "images").mkdir()
+    shutil.copy(pictures[0], os.fsencode(tmp_path / "images") + b"/a\xff.png")
+    with pytest.raises(LeamlError, match="the name is no UTF-8; rename the file"):
+        load_unlabeled(tmp_path / "images")
