@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -51,7 +53,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise LeamlError(f"setting {name} is {value!r}; it must be a list.")
-        return tuple(_convert(k, v, name) for k, v in zip(typing.get_args(kind), value, strict=True))
+        kinds = typing.get_args(kind)
+        if len(value) != len(kinds):
+            raise LeamlError(f"setting {name} is {value!r}; it must be a list of {len(kinds)}.")
+        return tuple(_convert(k, v, name) for k, v in zip(kinds, value))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -60,6 +65,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise LeamlError(f"setting {name} is {value!r}; it must be of type {kind.__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise LeamlError(f"setting {name} is {value!r}; it must be a finite number.")
     return value
 
 
@@ -92,6 +99,14 @@ def assign(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise LeamlError(f"--set {setting!r}: {name} is a value, not a table of settings.")
     data[last] = parse_value(value.strip())
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Refuse a setting that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise LeamlError(f"setting {name} is {pattern!r}, which is no regular expression ({error}).") from error
 
 
 def read_file(path: str) -> dict[str, Any]:

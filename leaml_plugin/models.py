@@ -135,14 +135,22 @@ def load(
     return Loaded(model.eval(), processor, str(path), None if adapter is None else str(adapter))
 
 
-def check(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> None:
-    """Everything that :func:`load` can find wrong with a model without reading its weights.
+def check(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Everything that :func:`load` can find wrong with its arguments without reading the weights.
 
     Raises:
         LeamlError: as :func:`load`.
     """
     from leaml_plugin.data.collate import Collator
 
+    _dtype(dtype)
+    _device(device)
     _config(path, trust_remote_code)
     Collator(load_processor(path, trust_remote_code=trust_remote_code))
     _check_weights(path)

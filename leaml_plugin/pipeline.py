@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from leaml_plugin.records import QA, Picture, PseudoQA, to_json
 from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator, verify
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from leaml_plugin.data import Collator, Prompts
     from leaml_plugin.models import Loaded
     from leaml_plugin.selection import Selection
@@ -57,7 +60,7 @@ class AdaptConfig:
         prompts: directory with prompt files that replace the built-in ones; empty: built-in.
         dtype: of the weights: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        max_length: longest sample in tokens, picture tokens included; 0: the model's own limit.
+        max_length: longest sample in tokens, picture tokens included; a longer one is an error; 0: no limit.
         trust_remote_code: run code that comes with the model. Off unless you trust its author.
         relevance, generator, generate, verify, filter, finetune, evaluate: the stages' own configurations.
     """
@@ -93,6 +96,11 @@ class AdaptConfig:
             raise unknown_name("method", self.method, METHODS)
         if self.method == "leaml" and not self.unlabeled:
             raise LeamlError('method "leaml" needs --unlabeled pictures; method "labels" trains on the labels alone.')
+        if self.method == "leaml" and self.finetune.train.batch_size < 2:
+            raise LeamlError(
+                "labels and pseudo-labels share every batch of the fine-tuning: set --batch-size to at least 2 "
+                "(--micro-batch 1 saves memory)."
+            )
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,11 @@ def read_inputs(config: AdaptConfig) -> Inputs:
     pictures: Sequence[Picture] = ()
     if config.method == "leaml":
         pictures = load_unlabeled(config.unlabeled, captions=config.captions or None)
+        if config.generator.caption_weight > 0 and not any(picture.caption for picture in pictures):
+            raise LeamlError(
+                f"{config.unlabeled}: no picture has a caption; give --captions, or turn caption distillation off with "
+                "--caption-weight 0."
+            )
     questions = load_labeled(config.evaluation, image_root=root) if config.evaluation else ()
     return Inputs(labels, pictures, questions)
 
@@ -171,7 +184,7 @@ class Adaptation:
         self.config = config
         self.prompts = Prompts.load(config.prompts or None)
         self.inputs = read_inputs(config)
-        models.check(config.model, trust_remote_code=config.trust_remote_code)
+        models.check(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
         self.directory = RunDirectory.open(
             config.output,
             _identity(config),
@@ -219,7 +232,13 @@ class Adaptation:
         return verify.run(self.config.verify, self._stage("verify"), shards=shards, **self._tools(generator))
 
     def filter(self, shards: Sequence[Path]) -> list[QA]:
-        kept, _ = filter.run(self.config.filter, self._stage("filter"), shards=shards, labels=self.inputs.labels)
+        kept, counts = filter.run(self.config.filter, self._stage("filter"), shards=shards, labels=self.inputs.labels)
+        if not counts["kept"]:
+            why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n)
+            print(
+                f"leaml: warning: the filter kept no pseudo-QA pair ({why}); fine-tuning has the labels alone.",
+                file=sys.stderr,
+            )
         return [pair.as_qa() for pair in read_records(kept, PseudoQA)]
 
     def finetune(self, pairs: Sequence[QA] = (), selection: Selection | None = None) -> dict[str, Path]:
@@ -247,11 +266,7 @@ class Adaptation:
         target = self.directory.adapter if kind == "adapter" else self.directory.model
         if not target.exists():
             with atomic_directory(target) as temporary:
-                for path in sorted(source.iterdir()):
-                    try:  # the same bytes once on disk where the file system can
-                        os.link(path, temporary / path.name)
-                    except OSError:
-                        shutil.copy2(path, temporary / path.name)
+                shutil.copytree(source, temporary, copy_function=_link_weights, dirs_exist_ok=True)
         return {kind: target}
 
     def _stage(self, name: str) -> StageDirectory:
@@ -289,23 +304,46 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
     return AdaptResult(config.output, run.deliver(tuned), metrics)
 
 
+def _link_weights(source: str, target: str) -> None:
+    """Copy a file; weights are on disk once where the file system can. What people edit is never linked."""
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass
+    shutil.copy2(source, target)
+
+
 def _check_samples(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
-    """Decode every picture once before a run begins, and encode every sample if a length limit is set."""
-    from leaml_plugin.data import check_images
+    """Decode every picture once before a run begins, and encode every sample if a length limit is set.
+
+    Without a limit only the pictures of the most extreme sizes are encoded: processors refuse some.
+    """
+    from leaml_plugin import models
+    from leaml_plugin.data import Collator, check_images
+
+    extremes: dict[str, tuple[float, QA | Picture]] = {}
+
+    def measure(record: QA | Picture, picture: Image) -> None:
+        width, height = picture.size
+        sizes = {"longest": max(width / height, height / width), "smallest": -min(width, height)}
+        for name, value in sizes.items():
+            if name not in extremes or value > extremes[name][0]:
+                extremes[name] = value, record
 
     for records in (inputs.labels, inputs.pictures, inputs.questions):
-        check_images(records)
-    if config.max_length:
-        _check_lengths(config, prompts, inputs)
-
-
-def _check_lengths(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
-    """Encode everything that will be trained on once, so that a sample that is too long is told before training."""
-    from leaml_plugin import models
-    from leaml_plugin.data import Collator
-
+        check_images(records, seen=measure)
     processor = models.load_processor(config.model, trust_remote_code=config.trust_remote_code)
-    collator = Collator(processor, prompts, max_length=config.max_length)
+    collator = Collator(processor, prompts, max_length=config.max_length or None)
+    for _, record in extremes.values():
+        collator.prompt_features(prompts.vqa(record) if isinstance(record, QA) else prompts.caption(record))
+    if config.max_length:
+        _check_lengths(collator, prompts, inputs)
+
+
+def _check_lengths(collator: Collator, prompts: Prompts, inputs: Inputs) -> None:
+    """Encode everything that will be trained on once, so that a sample that is too long is told before training."""
     turns = [turn for qa in inputs.labels for turn in (prompts.vqa(qa), prompts.generate_target(qa))]
     turns += [turn for turn in map(prompts.caption, inputs.pictures) if turn.target]
     turns += [prompts.vqa(qa) for qa in inputs.questions]

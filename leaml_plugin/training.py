@@ -77,8 +77,16 @@ class TrainConfig:
         for name, least in (("steps", 1), ("batch_size", 1), ("micro_batch", 0), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise LeamlError(f"training: {name} is {getattr(self, name)}; it must be at least {least}.")
-        if not self.lr > 0:
-            raise LeamlError(f"training: lr is {self.lr}; it must be positive.")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise LeamlError(f"training: {name} is {getattr(self, name)}; it must be positive.")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LeamlError(f"training: {name} is {getattr(self, name)}; it must not be negative.")
+        if not 0 <= self.warmup <= 1:
+            raise LeamlError(f"training: warmup is {self.warmup}; it is a share of the steps, from 0 to 1.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise LeamlError(f"training: betas are {list(self.betas)}; each must lie in [0, 1).")
 
     def lr_factor(self, step: int) -> float:
         """The share of ``lr`` that step ``step`` (from 0) uses."""

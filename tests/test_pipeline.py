@@ -217,6 +217,13 @@ def _foreign_output(p):
     return ["run", "--output"]
 
 
+def _a_shape_that_the_processor_refuses(p):
+    from PIL import Image
+
+    Image.new("RGB", (2000, 2)).save(p / "images" / "wide.png")
+    return ["wide.png", "aspect ratio"]
+
+
 def _no_labels(p):
     (p / "train.jsonl").unlink()
     return ["train.jsonl"]
@@ -224,7 +231,7 @@ def _no_labels(p):
 
 BAD = [
     _missing_picture, _truncated_picture, _bad_json, _empty_answer, _escaping_path, _no_pictures, _foreign_output,
-    _no_labels,
+    _a_shape_that_the_processor_refuses, _no_labels,
 ]  # fmt: skip
 
 
@@ -270,6 +277,20 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--criterion", "tayler"], "did you mean 'taylor'"),
         (["--caption-weight", "-1"], "caption_weight must not be negative"),
         (["--max-length", "8"], "train.jsonl"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--dtype", "float8"], "unknown dtype 'float8'"),
+        (["--lr", "nan"], "finetune.train.lr is nan; it must be a finite number"),
+        (["--batch-size", "1"], "set --batch-size to at least 2"),
+        (["--captions", ""], "no picture has a caption; give --captions"),
+        (["--set", "evaluate.batch_size=0"], "evaluate: batch_size is 0"),
+        (["--set", "generator.caption_batch=-1"], "caption_batch is -1"),
+        (["--set", "generator.train.warmup=3"], "warmup is 3.0"),
+        (["--set", "generator.train.betas=[0.9]"], "it must be a list of 2"),
+        (["--set", "finetune.train.betas=[2,0.9]"], "betas are [2.0, 0.9]"),
+        (["--set", "finetune.train.weight_decay=-1"], "weight_decay is -1.0"),
+        (["--set", "relevance.targets=("], "relevance.targets is '(', which is no regular expression"),
+        (["--set", "finetune.targets=mlp"], 'targets are those of mode "lora"'),
+        (["--mode", "lora", "--set", "finetune.lora_rank=0"], "lora_rank is 0"),
         (["--set", "filter.blind=true"], "filter.blind needs the second answers of verify.blind"),
         (["--set", "verify.round_trip=true"], 'set generator.qa_task="both"'),
     ],
@@ -277,3 +298,31 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
 def test_bad_options(options, message, project, tiny_models, capsys):
     assert cli.main(arguments(project, tiny_models("qwen2_5_vl"), "run", *options)) == 2
     assert message in capsys.readouterr().err
+    assert not (project / "run").exists()
+
+
+def test_no_kept_pair_is_told_and_edits_of_the_result_leave_the_run_alone(project, tiny_models, capsys):
+    model = tiny_models("qwen2_5_vl")
+    options = arguments(project, model, "run", "--set", "filter.min_logprob=0")
+    assert cli.main(options) == 0
+    assert "the filter kept no pseudo-QA pair (" in capsys.readouterr().err
+    config = project / "run" / "adapter" / "adapter_config.json"
+    with open(config, "r+") as file:  # in place, as some editors do
+        file.write("{ ")
+    assert cli.main(options) == 0
+
+
+def test_a_result_with_folders_is_delivered(tmp_path):
+    """Processors with several chat templates save them in a folder."""
+    from leaml_plugin.artifacts import RunDirectory
+    from leaml_plugin.pipeline import Adaptation
+
+    run = Adaptation.__new__(Adaptation)
+    run.directory = RunDirectory.open(tmp_path / "run", {}, {})
+    source = run.directory.stage("finetune").file("model")
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "rag.jinja").write_text("x")
+    (source / "model.safetensors").write_text("w")
+    target = run.deliver({"path": source})["model"]
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "x"
+    assert (target / "model.safetensors").samefile(source / "model.safetensors")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from leaml_plugin.artifacts import StageDirectory, read_json, write_json, write_records
+from leaml_plugin.errors import LeamlError
 from leaml_plugin.metrics import (
     BlindMajority,
     clustered_macro_f1,
@@ -35,6 +36,11 @@ class EvaluateConfig:
 
     batch_size: int = 32
     max_new_tokens: int = 32
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise LeamlError(f"evaluate: {name} is {getattr(self, name)}; it must be at least 1.")
 
 
 def run(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leaml_plugin.artifacts import StageDirectory, write_text
+from leaml_plugin.config import check_pattern
 from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.optim import SparseAdamW
 from leaml_plugin.records import QA
@@ -37,7 +38,8 @@ class FinetuneConfig:
     Attributes:
         train: the loop; ``batch_size`` counts labelled and pseudo-labelled samples together.
         mode: "full", "selected" (the selected neurons only) or "lora".
-        pseudo_share: share of every batch that is pseudo-labelled, where there are pseudo-QA pairs.
+        pseudo_share: share of every batch that is pseudo-labelled, where there are pseudo-QA pairs; at least one
+            sample of either kind.
         lora_rank, lora_alpha, lora_dropout: of the "lora" mode.
         targets: regular expression over module names for "lora"; empty: the language model's Linears.
     """
@@ -55,6 +57,13 @@ class FinetuneConfig:
             raise unknown_name("fine-tuning mode", self.mode, MODES)
         if not 0 < self.pseudo_share < 1:
             raise LeamlError(f"finetune: pseudo_share is {self.pseudo_share}; it must lie between 0 and 1.")
+        if self.lora_rank < 1:
+            raise LeamlError(f"finetune: lora_rank is {self.lora_rank}; it must be at least 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise LeamlError(f"finetune: lora_dropout is {self.lora_dropout}; it must lie in [0, 1).")
+        if self.targets and self.mode != "lora":
+            raise LeamlError('finetune: targets are those of mode "lora"; for "selected" set relevance.targets.')
+        check_pattern("finetune.targets", self.targets)
 
 
 def run(
@@ -128,7 +137,9 @@ def run(
 
 def _streams(config: FinetuneConfig, prompts: Prompts, labels: Sequence[QA], pseudo: Sequence[QA]) -> list[Stream]:
     batch = config.train.batch_size
-    from_pseudo = min(batch - 1, round(config.pseudo_share * batch)) if pseudo and batch > 1 else 0
+    if pseudo and batch < 2:
+        raise LeamlError("finetune: labels and pseudo-labels share every batch; set train.batch_size to at least 2.")
+    from_pseudo = min(batch - 1, max(1, round(config.pseudo_share * batch))) if pseudo else 0
     streams = [Stream("labels", [prompts.vqa(qa) for qa in labels], batch - from_pseudo)]
     if from_pseudo:
         streams.append(Stream("pseudo", [prompts.vqa(qa) for qa in pseudo], from_pseudo))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leaml_plugin.artifacts import StageDirectory, write_json
+from leaml_plugin.config import check_pattern
 from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.ops import CRITERIA
 from leaml_plugin.progress import track
@@ -78,6 +79,9 @@ class RelevanceConfig:
                 raise unknown_name(kind, name, choices)
         if not 0 < self.density <= 1:
             raise LeamlError(f"relevance: density is {self.density}; it must be above 0 and at most 1.")
+        check_pattern("relevance.targets", self.targets)
+        if self.targets and self.granularity == "ffn":
+            raise LeamlError('relevance: targets choose rows of Linears; granularity "ffn" takes every FFN block.')
         if self.batch_size < 1:
             raise LeamlError(f"relevance: batch_size is {self.batch_size}; it must be at least 1.")
 

@@ -57,6 +57,10 @@ class GeneratorConfig:
             raise unknown_name("choice of what the QA loss updates", self.qa_updates, UPDATES)
         if self.qa_task not in TASKS:
             raise unknown_name("QA task", self.qa_task, TASKS)
+        if self.qa_task == "both" and self.train.batch_size < 2:
+            raise LeamlError('generator: qa_task "both" needs a train.batch_size of at least 2, one for each task.')
+        if self.caption_batch < 0:
+            raise LeamlError(f"generator: caption_batch is {self.caption_batch}; it must not be negative.")
         if self.qa_weight <= 0 or self.caption_weight < 0:
             raise LeamlError("generator: qa_weight must be positive and caption_weight must not be negative.")
 

@@ -149,6 +149,12 @@ def test_labels_and_pseudo_labels_share_every_batch(tools, labels):
     assert [(s.name, s.count) for s in streams] == [("labels", 6), ("pseudo", 2)]
     streams = finetune._streams(config, tools["prompts"], labels, [])
     assert [(s.name, s.count) for s in streams] == [("labels", 8)]
+    little = dataclasses.replace(config, train=TrainConfig(batch_size=2), pseudo_share=0.01)
+    streams = finetune._streams(little, tools["prompts"], labels, labels)
+    assert [(s.name, s.count) for s in streams] == [("labels", 1), ("pseudo", 1)]
+    one = dataclasses.replace(config, train=TrainConfig(batch_size=1))
+    with pytest.raises(LeamlError, match="at least 2"):
+        finetune._streams(one, tools["prompts"], labels, labels)
 
 
 def test_selected_mode_needs_a_selection(tools, labels, tmp_path):
