@@ -342,8 +342,8 @@ def attach(model: nn.Module, selection: Selection, *, freeze: bool = True) -> Ha
     ``freeze``: all other parameters stop requiring gradients until :meth:`Handle.detach`; with False only the target
     weights do.
 
-    Raises :class:`LeamlError` for a selection that does not fit the model, an empty one, tied or quantised weights,
-    a module with a forward of its own, and one that is attached already.
+    Raises :class:`LeamlError` for a selection that does not fit the model, an empty one, tied, quantised or sharded
+    weights, a module with a forward of its own, and one that is attached already.
     """
     return Handle(model, selection, freeze=freeze)
 
@@ -357,6 +357,11 @@ def _refuse(model: nn.Module, name: str, module: nn.Module) -> None:
         raise LeamlError(
             f"{name} is a {type(module).__name__} with a forward pass of its own (quantised, adapted or hooked): "
             "tune it through the adapter (leaml_plugin.LeamlConfig), which leaves the base opaque."
+        )
+    if hasattr(module.weight, "placements"):
+        raise LeamlError(
+            f"{name}.weight is sharded (FSDP2, tensor parallel): its neurons lie on several ranks; "
+            "tune it through the adapter (leaml_plugin.LeamlConfig)."
         )
     if module.weight.device.type == "meta":
         raise LeamlError(f"{name}.weight has not been loaded yet (meta device).")

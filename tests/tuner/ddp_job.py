@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from leaml_plugin import LeamlConfig, LeamlError, RelevanceScorer, SparseAdamW, attach, select
+from leaml_plugin import LeamlConfig, LeamlError, RelevanceScorer, Selection, SparseAdamW, attach, select
 from leaml_plugin.selection import linears
 from leaml_plugin.tuner.trainer import SelectiveTrainer
 
@@ -108,6 +108,9 @@ def fsdp(base: str, out: str, rank: int = 0, world: int = 1) -> None:
         fully_shard(adapted)
         with pytest.raises(LeamlError, match="cannot step sharded parameters"):
             SparseAdamW(adapted.parameters())
+        sharded = fully_shard(load(base))
+        with pytest.raises(LeamlError, match="weight is sharded"):
+            attach(sharded, Selection({"model.layers.0.mlp.up_proj": torch.tensor([0])}))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01, eps=1e-4)
     data = samples(STEPS * GLOBAL_BATCH)
     for step in range(STEPS):
