@@ -605,11 +605,12 @@ def written(qa: WorldQA) -> str:
 def look_up(rng: Rng) -> tuple[str, str]:
     """Multiple choice without a picture: the letter that stands before a given text."""
     domain = rng.choice((tuple(COLORS), SHAPES, POSITIONS, NUMBERS, SIZES, EVERYDAY, None))
-    texts = rng.sample(domain, 4) if domain else [pseudo_word(rng) for _ in range(4)]
-    answer = rng.below(4)
+    count = rng.between(2, 4)
+    texts = rng.sample(domain, count) if domain else [pseudo_word(rng) for _ in range(count)]
+    answer = rng.below(count)
     options = dict(zip("ABCD", texts))
     lines = [f"Which option is {texts[answer]}?", *(f"{letter}. {text}" for letter, text in options.items())]
-    return "\n".join([*lines, LETTER_REQUEST] if rng.chance(50) else lines), "ABCD"[answer]
+    return "\n".join([*lines, LETTER_REQUEST] if rng.chance(20) else lines), "ABCD"[answer]
 
 
 def dictation(rng: Rng) -> tuple[str, str]:

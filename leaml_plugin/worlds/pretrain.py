@@ -41,14 +41,14 @@ class Recipe:
     vision_layers: int = 3
     vision_steps: int = 1500
     vision_batch: int = 64
-    joint_steps: int = 10000
+    joint_steps: int = 9400
     batch: int = 12
     questions: int = 8
     lr: float = 1.5e-3
     vision_lr: float = 0.25  # of the language side's rate in the second phase: text gradients must not undo the first
     cell_weight: float = 1.0  # of the cell objective in the second phase; falls to a fifth
     place_weight: float = 0.3  # of naming the own cell after the first language layer
-    budget: int = 190  # tokens of questions and answers a picture in a packed row
+    budget: int = 240  # tokens of questions and answers a picture in a packed row
     weight_decay: float = 0.02
     bf16: bool = True
 
@@ -150,16 +150,15 @@ def joint_scenes(recipe: Recipe, step: int, encoder: Any) -> list[tuple[Any, lis
         if rng.below(recipe.joint_steps) > 2 * step:
             asked = tuple(qa for qa in asked if qa.kind != "choice" or rng.chance(33))
         turns = []
-        if len(scene.frames) == 1 and rng.chance(40):
+        if len(scene.frames) == 1 and rng.chance(25):
             turns.append((rng.choice(PLACES_PROMPTS), places(scene.things[0])))
-        elif rng.chance(85):
+        elif rng.chance(40):
             turns.append((rng.choice(CAPTION_PROMPTS), scene.true_caption))
         spare = [qa for qa in scene.qas[recipe.questions :] if qa.template not in ("repeat", "naming")]
         if spare and rng.chance(25):
             turns.append((rng.choice(WRITE_PROMPTS), written(rng.choice(spare))))
-        if rng.chance(35):
-            turns.append(look_up(rng))
-        if rng.chance(25):
+        turns += [look_up(rng) for _ in range(rng.between(2, 5))]
+        if rng.chance(15):
             turns.append(dictation(rng))
         turns += [(phrased(rng, qa), qa.answer) for qa in asked]
         room, kept = recipe.budget, []
