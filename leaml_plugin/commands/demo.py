@@ -94,8 +94,10 @@ def methods(config: DemoConfig) -> dict[str, dict[str, Any] | None]:
         "LEAML": {
             "method": "leaml",
             "relevance": {"density": 0.2, "seed": config.seed},
-            "generator": {"qa_updates": "all", "train": {**train, "lr": 5e-4}},
-            "generate": {"samples": 8, "batch_size": 128, "max_new_tokens": 48, "seed": config.seed},
+            "generator": {"qa_updates": "all", "qa_task": "both", "train": {**train, "lr": 5e-4}},
+            "generate": {"samples": 4, "batch_size": 128, "max_new_tokens": 48, "seed": config.seed},
+            "verify": {"round_trip": True, "batch_size": 128},
+            "filter": {"round_trip": True, "keep_share": 0.5},
             "finetune": {"mode": "full", "pseudo_share": 0.5, "train": {**train, "lr": 5e-4}},
         },
     }

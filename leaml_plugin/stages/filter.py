@@ -6,7 +6,8 @@ Every dropped pair keeps the reason. The filters, in this order; a pair gets the
 malformed         no question and answer could be read from what the generator wrote
 too_long          question or answer is longer than anything the labels show, by ``length_slack``
 unanswerable      the answer says that there is no answer ("cannot be determined", "unknown", ...)
-unlikely          mean log-probability of the text under the generator is below ``min_logprob``
+unlikely          mean log-probability of the text under the generator is below ``min_logprob``,
+                  or not among the likeliest ``keep_share`` of what the other filters leave
 unknown_question  no label asks this question (``known_questions``)
 round_trip        asked again, the generator answers otherwise (``round_trip``)
 blind             asked without the picture, the generator gives the same answer (``blind``)
@@ -21,6 +22,7 @@ Answers count as equal after normalisation (``leaml_plugin.metrics``).
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -63,6 +65,8 @@ class FilterConfig:
     Attributes:
         length_slack: a question or answer may be this many times as long (in characters) as the longest labelled one.
         min_logprob: nats per token; pairs below are dropped. None keeps all.
+        keep_share: share of the pairs that all other filters leave which is kept, the likeliest first. Unlike
+            ``min_logprob`` it needs no knowledge of the model.
         agreement: least share of a picture's samples with the same question that must give the same answer.
         known_questions: keep only questions that the labels ask too.
         round_trip: drop pairs whose question the generator answers otherwise when asked again (``verify.round_trip``).
@@ -74,6 +78,7 @@ class FilterConfig:
 
     length_slack: float = 2.0
     min_logprob: float | None = None
+    keep_share: float = 1.0
     agreement: float = 0.5
     known_questions: bool = False
     round_trip: bool = False
@@ -86,8 +91,9 @@ class FilterConfig:
             raise LeamlError(f"filter: length_slack is {self.length_slack}; it must be positive.")
         if not 0 <= self.agreement <= 1:
             raise LeamlError(f"filter: agreement is {self.agreement}; it must lie in [0, 1].")
-        if not 0 < self.answer_share <= 1:
-            raise LeamlError(f"filter: answer_share is {self.answer_share}; it must be above 0 and at most 1.")
+        for name in ("answer_share", "keep_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise LeamlError(f"filter: {name} is {getattr(self, name)}; it must be above 0 and at most 1.")
         if self.near_duplicate <= 0:
             raise LeamlError(f"filter: near_duplicate is {self.near_duplicate}; it must be positive.")
 
@@ -158,6 +164,10 @@ def apply(
     if config.answer_share < 1:
         for i in _overrepresented(config.answer_share, judged, labels):
             judged[i] = replace(judged[i], reason="overrepresented")
+    if config.keep_share < 1:
+        left = sorted((i for i, p in enumerate(judged) if not p.reason), key=lambda i: (-judged[i].logprob, i))
+        for i in left[math.ceil(config.keep_share * len(left)) :]:
+            judged[i] = replace(judged[i], reason="unlikely")
     return [p for p in judged if not p.reason], [p for p in judged if p.reason]
 
 

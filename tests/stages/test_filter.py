@@ -98,6 +98,13 @@ def test_an_answer_beyond_its_share_leaves_least_likely_first():
     assert reasons(pairs, answer_share=0.5)[1] == []
 
 
+def test_the_likeliest_share_of_what_is_left():
+    pairs = [pair("Is there text?", "no", str(i), logprob=-i) for i in range(5)] + [pair("", "")]
+    kept, dropped = filter.apply(FilterConfig(keep_share=0.4), pairs, LABELS)
+    assert [p.picture_id for p in kept] == ["0", "1"]
+    assert [p.reason for p in dropped] == ["unlikely"] * 3 + ["malformed"]
+
+
 def test_run_writes_kept_dropped_and_counts_and_reads_them_again(tmp_path):
     source = tmp_path / "part-000000.jsonl"
     write_records(source, [pair("Is there text?", "no"), pair("", ""), pair("Is there text?", "no", sample=1)])
