@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     from leaml_plugin import config
     from leaml_plugin.errors import LeamlError, unknown_name
     from leaml_plugin.study.protocol import ORDER, REPORTED, Protocol, check_methods
-    from leaml_plugin.worlds.export import checkpoint_path
+    from leaml_plugin.worlds.files import checkpoint_path
 
     worlds = args.world or list(REPORTED)
     for world in worlds:

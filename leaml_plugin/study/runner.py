@@ -153,7 +153,7 @@ class Study:
     """
 
     def __init__(self, protocol: Protocol, checkpoint: Path, prompts: Path | None = None):
-        from leaml_plugin.worlds.export import prompts_path
+        from leaml_plugin.worlds.files import prompts_path
 
         self.protocol = protocol
         self.base = packed.load(checkpoint)

@@ -58,10 +58,10 @@ _EXPORTS = {
     "Scene": "leaml_plugin.worlds.scenes",
     "WorldQA": "leaml_plugin.worlds.scenes",
     "mc_prompt": "leaml_plugin.worlds.scenes",
-    "export": "leaml_plugin.worlds.export",
-    "ExportedWorld": "leaml_plugin.worlds.export",
-    "checkpoint_path": "leaml_plugin.worlds.export",
-    "prompts_path": "leaml_plugin.worlds.export",
+    "export": "leaml_plugin.worlds.files",
+    "ExportedWorld": "leaml_plugin.worlds.files",
+    "checkpoint_path": "leaml_plugin.worlds.files",
+    "prompts_path": "leaml_plugin.worlds.files",
     "blind_majority": "leaml_plugin.worlds.blind",
     "general_object_qa": "leaml_plugin.worlds.evaluate",
     "forgetting": "leaml_plugin.worlds.evaluate",
@@ -72,7 +72,7 @@ __all__ = ["WORLDS", *_EXPORTS]
 if TYPE_CHECKING:
     from leaml_plugin.worlds.blind import blind_majority
     from leaml_plugin.worlds.evaluate import forgetting, general_object_qa
-    from leaml_plugin.worlds.export import ExportedWorld, checkpoint_path, export, prompts_path
+    from leaml_plugin.worlds.files import ExportedWorld, checkpoint_path, export, prompts_path
     from leaml_plugin.worlds.scenes import Scene, WorldQA, mc_prompt, render
 
 

@@ -102,7 +102,7 @@ def _encoder(processor: Any) -> Any:
     if processor is None:
         from transformers import AutoTokenizer
 
-        from leaml_plugin.worlds.export import checkpoint_path
+        from leaml_plugin.worlds.files import checkpoint_path
 
         return Encoder(AutoTokenizer.from_pretrained(checkpoint_path()))
     return Encoder(getattr(processor, "tokenizer", processor))

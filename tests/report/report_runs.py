@@ -142,7 +142,7 @@ class MakeRun:
 
         heat = {"layers": list(layers), "kinds": KINDS, "share": matrix(0.4)}
         write_json(stage.file("heatmap.json"), {**heat, "relevance": matrix(0.1), "captured": matrix(0.9)})
-        names = ["taylor", "abs_taylor", "fisher", "random"]
+        names = ["taylor", "taylor_abs", "fisher", "random"]
         jaccard = [[1.0 if i == k else 0.6 / (1 + abs(i - k)) for k in range(4)] for i in range(4)]
         write_json(stage.file("overlap.json"), {"names": names, "jaccard": jaccard, "chance": 0.0526})
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.worlds import export, render
-from leaml_plugin.worlds.export import clip_name
+from leaml_plugin.worlds.files import clip_name
 
 
 def pixels(data) -> np.ndarray:
@@ -95,3 +95,15 @@ def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path):
     with pytest.raises(LeamlError, match="not an empty directory"):
         export("garden", tmp_path, pictures=1)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_function_is_not_shadowed_by_a_module_of_its_name():
+    """``export`` stays the function after any other public name was resolved first."""
+    import subprocess
+    import sys
+
+    code = "from leaml_plugin import worlds; worlds.checkpoint_path(); from leaml_plugin.worlds import export; export.__call__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import leaml_plugin.worlds as w, types; names = [getattr(w, n) for n in w.__all__]; " \
+        "assert not any(isinstance(n, types.ModuleType) for n in names)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True)
