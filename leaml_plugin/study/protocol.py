@@ -21,8 +21,8 @@ class Protocol:
         pool: pictures that labels and unlabelled pictures are drawn from.
         test_pictures, test_questions: test pictures, and the most questions asked of each.
         general_pictures: held-out pictures of the general world on which forgetting is measured.
-        steps: optimizer steps of every trained method. A method that trains a QA generator spends
-            ``generator_share`` of them there, the rest on the VQA model.
+        steps: optimizer steps of the VQA model of every trained method.
+        generator_share: steps of the QA generator, where there is one, as a share of ``steps``, on top of them.
         batch: questions a step.
         caption_batch: captions a step, on top of the questions, where a method learns from captions.
         warmup, clip, weight_decay: of every training.
@@ -40,10 +40,10 @@ class Protocol:
     """
 
     pool: int = 2000
-    test_pictures: int = 160
+    test_pictures: int = 120
     test_questions: int = 6
     general_pictures: int = 100
-    steps: int = 200
+    steps: int = 160
     batch: int = 16
     caption_batch: int = 8
     generator_share: float = 0.5
@@ -58,7 +58,7 @@ class Protocol:
     generator_updates: str = "all"
     qa_task: str = "both"
     mode: str = "full"
-    pseudo_pictures: int = 400
+    pseudo_pictures: int = 200
     samples: int = 4
     temperature: float = 1.0
     top_p: float = 0.95
@@ -74,12 +74,12 @@ class Protocol:
         for name in ("pool", "test_pictures", "test_questions", "general_pictures", "batch", "samples"):
             if getattr(self, name) < 1:
                 raise LeamlError(f"study: {name} is {getattr(self, name)}; it must be at least 1.")
-        if self.steps < 2 or not 0 < self.generator_share < 1:
-            raise LeamlError("study: steps must be at least 2, and generator_share must lie between 0 and 1.")
+        if self.steps < 2 or not self.generator_share > 0:
+            raise LeamlError("study: steps must be at least 2, and generator_share must be positive.")
 
     @property
     def generator_steps(self) -> int:
-        return min(self.steps - 1, max(1, round(self.generator_share * self.steps)))
+        return max(1, round(self.generator_share * self.steps))
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Method:
         mode: what fine-tuning trains, for "labels" and "joint"; "pseudo" takes the protocol's.
         targets: pattern of the Linears that mode "selected" trains whole; empty: the selected neurons.
         vision: the vision side is trained too; else its features stay those of the base checkpoint.
+        longer: it takes the generator's steps as well, so that its total is LEAML's.
         every_label: the whole pool is labelled, whatever the budget.
         distil: the generator learns from captions.
         choice: which neurons the captions may move: "relevance", "random" or "all".
@@ -102,6 +103,7 @@ class Method:
     mode: str = "full"
     targets: str = ""
     vision: bool = False
+    longer: bool = False
     every_label: bool = False
     distil: bool = True
     choice: str = "relevance"
@@ -114,6 +116,7 @@ METHODS: Mapping[str, Method] = {
     "zero-shot": Method("Zero-shot", "zero-shot"),
     "full": Method("Full fine-tuning (language model)", "labels"),
     "full-vision": Method("Full fine-tuning (vision side too)", "labels", vision=True),
+    "full-longer": Method("Full fine-tuning (LEAML's total steps)", "labels", longer=True),
     "lora": Method("LoRA", "labels", mode="lora"),
     "attention": Method("Attention projections only", "labels", mode="selected", targets=ATTENTION),
     "joint": Method("Labels + captions, no pseudo-QA", "joint"),
@@ -126,7 +129,7 @@ METHODS: Mapping[str, Method] = {
 #: In the order in which a study runs them: what answers the main question first.
 ORDER = (
     "blind", "zero-shot", "full", "lora", "joint", "leaml", "no-distillation", "all-labels", "attention",
-    "all-neurons", "random-neurons", "full-vision",
+    "all-neurons", "random-neurons", "full-longer", "full-vision",
 )  # fmt: skip
 
 #: Learning rates that every trained method was tuned over, on the garden world.
@@ -137,7 +140,8 @@ DEFAULT_RATE = 1e-3
 
 
 def learning_rate(method: str) -> float:
-    return LEARNING_RATES.get(method, DEFAULT_RATE)
+    """The tuned rate. Training longer is a control and keeps the rate of what it controls."""
+    return LEARNING_RATES.get("full" if METHODS[method].longer else method, DEFAULT_RATE)
 
 
 def budget_of(method: str, labels: float) -> float:
@@ -149,6 +153,11 @@ def budget_of(method: str, labels: float) -> float:
 
 def trained(method: str) -> bool:
     return METHODS[method].kind not in ("blind", "zero-shot")
+
+
+def tuned(method: str) -> bool:
+    """Whether a method has a learning rate of its own."""
+    return trained(method) and not METHODS[method].longer
 
 
 def check_methods(names: list[str]) -> list[str]:

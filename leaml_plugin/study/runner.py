@@ -84,7 +84,10 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
     if spec.kind == "labels":
         lora = {"lora_rank": protocol.lora_rank, "lora_alpha": 2 * protocol.lora_rank}
         out["finetune"] = finetune.FinetuneConfig(
-            train=loop(protocol.steps, rate), mode=spec.mode, targets=spec.targets, **lora
+            train=loop(protocol.steps + spec.longer * protocol.generator_steps, rate),
+            mode=spec.mode,
+            targets=spec.targets,
+            **lora,
         )
     if spec.kind == "pseudo":
         out["relevance"] = relevance.RelevanceConfig(
@@ -120,7 +123,7 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
             min_logprob=protocol.min_logprob,
         )
         out["finetune"] = finetune.FinetuneConfig(
-            train=loop(protocol.steps - protocol.generator_steps, finetune_rate),
+            train=loop(protocol.steps, finetune_rate),
             mode=protocol.mode,
             pseudo_share=protocol.pseudo_share,
             lora_rank=protocol.lora_rank,

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leaml_plugin.study.protocol import GRID, METHODS, TUNING, budget_of, trained
+from leaml_plugin.study.protocol import GRID, METHODS, TUNING, budget_of, tuned
 from leaml_plugin.study.runner import Job
 
 
@@ -19,7 +19,7 @@ def first_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int]) -> l
     return [
         Job(TUNING, method, budget_of(method, labels), seed, rate)
         for method in methods
-        if trained(method) and METHODS[method].kind != "pseudo"
+        if tuned(method) and METHODS[method].kind != "pseudo"
         for seed in seeds
         for rate in GRID
     ]

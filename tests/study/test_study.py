@@ -19,6 +19,7 @@ from leaml_plugin.study.protocol import (
     budget_of,
     check_methods,
     trained,
+    tuned,
 )
 from leaml_plugin.study.runner import Job, identity, load_results, resolve, result_path, run_all
 
@@ -41,8 +42,10 @@ def test_every_method_runs_and_says_what_it_did(results):
         assert bool(result.get("pseudo")) == (spec.kind == "pseudo")
         assert set(result["code"]) == {"version", "commit", "sources", "torch"}
         stages = result["config"]["stages"]
-        steps = sum(stages[name]["train"]["steps"] for name in ("generator", "joint", "finetune") if name in stages)
-        assert steps == (4 if trained(result["method"]) else 0), "equal optimizer steps"
+        steps = {name: stages[name]["train"]["steps"] for name in ("generator", "joint", "finetune") if name in stages}
+        generator = steps.pop("generator", 0)
+        assert list(steps.values()) == ([4 + 2 * spec.longer] if trained(result["method"]) else []), "equal steps"
+        assert generator == (2 if spec.kind == "pseudo" else 0)
 
 
 def test_ablations_differ_where_they_should(study):
@@ -201,9 +204,9 @@ def test_the_plot_is_written_and_repeats(tmp_path):
 def test_tuning_covers_every_trained_method_alike():
     jobs = [*tuning.first_jobs(ORDER, 0.01, [0]), *tuning.second_jobs(ORDER, 0.01, [0], 1e-3)]
     assert {job.world for job in jobs} == {"garden"}
-    for method in filter(trained, ORDER):
+    for method in filter(tuned, ORDER):
         assert sorted(job.rate for job in jobs if job.method == method) == sorted(GRID)
-    assert set(LEARNING_RATES) <= set(filter(trained, ORDER)) and set(LEARNING_RATES.values()) <= set(GRID)
+    assert set(LEARNING_RATES) <= set(filter(tuned, ORDER)) and set(LEARNING_RATES.values()) <= set(GRID)
 
 
 def test_the_best_rate_is_the_most_accurate_one():
