@@ -164,6 +164,7 @@ def _data(config: DemoConfig, root: RunDirectory) -> tuple[Path, Path]:
 
 
 def _settings(settings: dict[str, Any], files: Path, checkpoint: Path, output: Path) -> AdaptConfig:
+    from leaml_plugin import worlds
     from leaml_plugin.config import build
     from leaml_plugin.pipeline import AdaptConfig
 
@@ -171,7 +172,7 @@ def _settings(settings: dict[str, Any], files: Path, checkpoint: Path, output: P
         "model": str(checkpoint),
         "labeled": str(files / "train.jsonl"),
         "output": str(output),
-        "prompts": str(_prompts()),
+        "prompts": str(worlds.prompts_path()),
         "dtype": "float32",
         **settings,
     }
@@ -184,6 +185,7 @@ def _evaluate(
     root: RunDirectory, name: str, weights: dict[str, Path], kvasir: Path, config: DemoConfig
 ) -> dict[str, Any]:
     """The scores of lmms-eval's task and every question's answer, kept in the demo's directory."""
+    from leaml_plugin import worlds
     from leaml_plugin.lmms.run import evaluate
 
     stage = root.stage(f"lmms-eval-{_slug(name)}")
@@ -196,7 +198,7 @@ def _evaluate(
             limit=config.questions or None,
             batch_size=128,
             dtype="float32",
-            prompts=_prompts(),
+            prompts=worlds.prompts_path(),
             endoscopy_data=kvasir,
             label_fraction=config.label_fraction,
             log_samples=True,
@@ -272,13 +274,6 @@ def _worth(rows: list[dict[str, Any]]) -> str:
         f"of under three million parameters: it shows that every part runs and what the parts do to each other, not "
         f"what the method gains on real endoscopy; docs/study.md compares the methods over seeds."
     )
-
-
-def _prompts() -> Path:
-    """The short prompts that the embedded checkpoint was pre-trained with."""
-    from leaml_plugin import worlds
-
-    return Path(worlds.__file__).parent / "prompts"
 
 
 def _slug(name: str) -> str:
