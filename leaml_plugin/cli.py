@@ -89,10 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         full = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, "errno", None) not in full and not any(f"(os error {n})" in str(error) for n in full):
             raise
-        name = getattr(error, "filename", None)
-        print(
-            f"leaml: {f'{name}: ' if name else ''}the disk is full; make room and repeat the command.", file=sys.stderr
-        )
+        name = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"leaml: {name}the disk is full; make room and repeat the command.", file=sys.stderr)
         return LeamlError.exit_code
     except KeyboardInterrupt:
         print("leaml: interrupted; the same command takes up where it stopped.", file=sys.stderr)

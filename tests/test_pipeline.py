@@ -279,7 +279,7 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--max-length", "8"], "train.jsonl"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--dtype", "float8"], "unknown dtype 'float8'"),
-        (["--lr", "nan"], "finetune.train.lr is nan; it must be a finite number"),
+        (["--lr", "nan"], "generator.train.lr is nan; it must be a finite number"),
         (["--batch-size", "1"], "set --batch-size to at least 2"),
         (["--captions", ""], "no picture has a caption; give --captions"),
         (["--set", "evaluate.batch_size=0"], "evaluate: batch_size is 0"),
