@@ -289,7 +289,6 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--set", "finetune.train.betas=[2,0.9]"], "betas are [2.0, 0.9]"),
         (["--set", "finetune.train.weight_decay=-1"], "weight_decay is -1.0"),
         (["--set", "relevance.targets=("], "relevance.targets is '(', which is no regular expression"),
-        (["--set", "finetune.targets=mlp"], 'targets are those of mode "lora"'),
         (["--mode", "lora", "--set", "finetune.lora_rank=0"], "lora_rank is 0"),
         (["--set", "filter.blind=true"], "filter.blind needs the second answers of verify.blind"),
         (["--set", "verify.round_trip=true"], 'set generator.qa_task="both"'),

@@ -61,8 +61,6 @@ class FinetuneConfig:
             raise LeamlError(f"finetune: lora_rank is {self.lora_rank}; it must be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise LeamlError(f"finetune: lora_dropout is {self.lora_dropout}; it must lie in [0, 1).")
-        if self.targets and self.mode != "lora":
-            raise LeamlError('finetune: targets are those of mode "lora"; for "selected" set relevance.targets.')
         check_pattern("finetune.targets", self.targets)
 
 
