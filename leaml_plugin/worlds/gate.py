@@ -35,9 +35,9 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="directory of the model (default: the shipped one)")
-    parser.add_argument("--pictures", type=int, default=600, help="labelled training pictures a world (default: 600)")
-    parser.add_argument("--steps", type=int, default=240, help="fine-tuning steps of 16 pictures (default: 240)")
-    parser.add_argument("--test-pictures", type=int, default=200, help="test pictures a world (default: 200)")
+    parser.add_argument("--pictures", type=int, default=480, help="labelled training pictures a world (default: 480)")
+    parser.add_argument("--steps", type=int, default=160, help="fine-tuning steps of 16 pictures (default: 160)")
+    parser.add_argument("--test-pictures", type=int, default=150, help="test pictures a world (default: 150)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures (default: 0)")
     parser.add_argument("--world", action="append", choices=(*OUT_OF_DISTRIBUTION, "garden"), help="only these worlds")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print every figure with its bar; 0 where all conditions hold, 1 otherwise."""
-    from leaml_plugin.worlds.export import checkpoint_path
+    from leaml_plugin.worlds.files import checkpoint_path
 
     checkpoint = args.checkpoint or checkpoint_path()
     if not (checkpoint / "config.json").exists():
@@ -66,9 +66,9 @@ def measure(
     checkpoint: Path,
     *,
     worlds: tuple[str, ...] = OUT_OF_DISTRIBUTION,
-    pictures: int = 600,
-    steps: int = 240,
-    test_pictures: int = 200,
+    pictures: int = 480,
+    steps: int = 160,
+    test_pictures: int = 150,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, Any]:
