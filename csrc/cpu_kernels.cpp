@@ -30,8 +30,6 @@ int level() {
 }
 #endif
 
-constexpr int kAhead = 1024;  // bytes a stream is prefetched ahead
-
 // --- relevance: explicit vectors of W floats, so that sums stay in registers --------------------------------------------
 
 template <int W>
@@ -111,10 +109,6 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
       abs_wg[k] += (F)((U)p & 0x7fffffffu);
       gg[k] += b[k] * b[k];
     }
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead);
-    if (sizeof(A) == 4) __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + 64);
-    if (sizeof(B) == 4) __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead + 64);
   }
   memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, abs_wg, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
   for (int k = 0; i < n; ++i, ++k) {
@@ -146,8 +140,6 @@ LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& l
       aw[k] = _mm256_add_ps(aw[k], _mm256_and_ps(p, magnitude));
       gg[k] = _mm256_add_ps(gg[k], _mm256_mul_ps(b, b));
     }
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead);
   }
   memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, aw, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
   for (int k = 0; i < n; ++i, ++k) {
@@ -172,8 +164,6 @@ LEAML_V4 void relevance_f16_v4(const fp16* w, const fp16* g, int64_t n, Lanes& l
       aw[k] = _mm512_add_ps(aw[k], _mm512_abs_ps(p));
       gg[k] = _mm512_add_ps(gg[k], _mm512_mul_ps(b, b));
     }
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead);
   }
   memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, aw, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
   for (int k = 0; i < n; ++i, ++k) {
@@ -354,7 +344,8 @@ LEAML_CLONES void encode_clones(const float* __restrict values, int64_t n, bool 
 
 }  // namespace
 
-void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes) {
+namespace {
+void add_run(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes) {
   if (wt == Type::f32) return relevance_f32_f32(w, g, n, lanes);
   if (wt == Type::bf16) return gt == Type::f32 ? relevance_bf16_f32(w, g, n, lanes) : relevance_bf16_bf16(w, g, n, lanes);
 #if defined(LEAML_DISPATCH)
@@ -364,6 +355,22 @@ void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, La
   }
 #endif
   return gt == Type::f32 ? relevance_f16_f32(w, g, n, lanes) : relevance_f16_f16(w, g, n, lanes);
+}
+}  // namespace
+
+void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes) {
+  // The hardware keeps up with a stream inside a page and stops at its end: the next pages are touched in time, their
+  // translation first. More software prefetching than that makes it slower.
+  const int64_t wb = wt == Type::f32 ? 4 : 2, gb = gt == Type::f32 ? 4 : 2;
+  const int64_t run = 4096 / (wb > gb ? wb : gb);
+  const char *a = static_cast<const char*>(w), *b = static_cast<const char*>(g);
+  for (int64_t i = 0; i < n; i += run) {
+    __builtin_prefetch(a + (i + 2 * run) * wb);
+    __builtin_prefetch(b + (i + 2 * run) * gb);
+    __builtin_prefetch(a + (i + run) * wb + 64);
+    __builtin_prefetch(b + (i + run) * gb + 64);
+    add_run(a + i * wb, wt, b + i * gb, gt, n - i < run ? n - i : run, lanes);
+  }
 }
 
 namespace {

@@ -1,0 +1,82 @@
+"""The CPU kernels under the address and undefined-behaviour sanitizers, in a build of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# the paths that index memory: odd widths, strides, types, both reductions, 8-bit states, the fusion, selection
+SCENARIO = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(2)
+from leaml_plugin.ops import _loader
+_loader.LIBRARIES["cpu"] = Path(sys.argv[1])
+sys.path.insert(0, sys.argv[2])
+from kernel_cases import DTYPES, LAYOUTS, WIDTHS, make_problem, random_matrix
+from leaml_plugin import ops
+assert _loader.native(torch.device("cpu"))
+for layout in LAYOUTS:
+    for dtype in DTYPES:
+        for width in WIDTHS:
+            for rows in (0, 1, 17):
+                for dim in (0, 1):
+                    w, g = (random_matrix((rows, width), dtype, layout, s) for s in (0, 1))
+                    out = [torch.zeros(4, (rows, width)[dim])]
+                    ops.neuron_relevance_([w], [g], out, criteria=list(ops.CRITERIA), dims=dim)
+                for eight_bit in (False, True):
+                    options = {"eight_bit": eight_bit, "stochastic_rounding": True}
+                    p = make_problem([(rows, width)], dtype, None, layout, 0.5, **options)
+                    p.step("native")
+                    lists, options = p.arguments()
+                    ops.relevance_sparse_adamw_(*lists, [torch.zeros(rows)], **options)
+p = make_problem([(300, 700)] * 3, torch.bfloat16, compact=True, master=True)
+p.step("native")
+ops.select_top([torch.randn(n) for n in (0, 1, 5000, 70000)], 0.1, scope="model")
+print("clean")
+"""
+
+
+@pytest.mark.slow
+def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build the sanitized kernels with")
+    runtimes = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not Path(path).is_absolute():
+            pytest.skip(f"{name} is not installed with the compiler")
+        runtimes.append(path)
+    import torch
+
+    base = Path(torch.__file__).parent
+    library = tmp_path / "_C.abi3.so"
+    command = [
+        compiler, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fopenmp-simd", "-Wno-psabi", "-ffp-contract=off",
+        "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DLEAML_NO_CLONES",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{base / 'include'}", f"-L{base / 'lib'}",
+        str(ROOT / "csrc" / "ops_cpu.cpp"), str(ROOT / "csrc" / "cpu_kernels.cpp"), "-ltorch_cpu", "-o", str(library),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they allocate
+        "PYTHONPATH": str(ROOT),
+        "PYTHONMALLOC": "malloc",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", SCENARIO, str(library), str(Path(__file__).parent)],
+        env=environment, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout.strip().endswith("clean"), result.stderr[-4000:]
