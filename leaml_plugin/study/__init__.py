@@ -136,17 +136,18 @@ def _tune(args, protocol, checkpoint, directory, methods) -> int:
     import torch
 
     from leaml_plugin.study import summary, tuning
-    from leaml_plugin.study.protocol import METHODS
+    from leaml_plugin.study.protocol import METHODS, finetune_source
     from leaml_plugin.study.runner import Study, load_results, run_all
 
     torch.set_num_threads(args.threads)
     study = Study(protocol, checkpoint)
     seeds, labels = range(args.seeds), args.labels[0]
-    needed = dict.fromkeys([*methods, *(["full"] if any(METHODS[m].kind == "pseudo" for m in methods) else [])])
+    source = finetune_source(protocol)
+    needed = dict.fromkeys([*methods, *([source] if any(METHODS[m].kind == "pseudo" for m in methods) else [])])
     paths, left = run_all(study, tuning.first_jobs(list(needed), labels, seeds), directory, stop_after=args.time)
     found = tuning.outcome(load_results(paths))
-    if not left and "full" in found:
-        rate = tuning.best(found)["full"]
+    if not left and source in found:
+        rate = tuning.best(found)[source]
         more, left = run_all(study, tuning.second_jobs(methods, labels, seeds, rate), directory, stop_after=args.time)
         found = tuning.outcome(load_results([*paths, *more]))
     rates = sorted({rate for some in found.values() for rate in some})

@@ -43,8 +43,8 @@ class Protocol:
     test_pictures: int = 120
     test_questions: int = 6
     general_pictures: int = 100
-    steps: int = 160
-    batch: int = 16
+    steps: int = 200
+    batch: int = 32
     caption_batch: int = 8
     generator_share: float = 0.5
     warmup: float = 0.05
@@ -133,8 +133,9 @@ ORDER = (
 )  # fmt: skip
 
 #: Learning rates that every trained method was tuned over, on the garden world.
-GRID = (3e-4, 1e-3, 3e-3)
-#: The tuned rates. A method with pseudo-QA trains its generator at its own rate and its VQA model at that of "full".
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+#: The tuned rates. A method with pseudo-QA trains its generator at its own rate and its VQA model at that of
+#: ``finetune_source``.
 LEARNING_RATES: Mapping[str, float] = {}
 DEFAULT_RATE = 1e-3
 
@@ -142,6 +143,11 @@ DEFAULT_RATE = 1e-3
 def learning_rate(method: str) -> float:
     """The tuned rate. Training longer is a control and keeps the rate of what it controls."""
     return LEARNING_RATES.get("full" if METHODS[method].longer else method, DEFAULT_RATE)
+
+
+def finetune_source(protocol: Protocol) -> str:
+    """The method whose tuned rate the VQA models trained with pseudo-QA take: what trains the same on labels alone."""
+    return "lora" if protocol.mode == "lora" else "full"
 
 
 def budget_of(method: str, labels: float) -> float:

@@ -39,7 +39,7 @@ from leaml_plugin.records import QA, Picture, Prediction, PseudoQA
 from leaml_plugin.selection import Selection, all_neurons
 from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator, verify
 from leaml_plugin.study import packed
-from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, learning_rate
+from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, finetune_source, learning_rate
 from leaml_plugin.study.statistics import pack_bits
 from leaml_plugin.study.world import Labels, World
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
@@ -135,7 +135,7 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
 def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, finetune_rate: float | None) -> dict:
     """All that decides a run's result beside world, budget, seed and checkpoint, as plain data."""
     rate = learning_rate(method) if rate is None else rate
-    finetune_rate = learning_rate("full") if finetune_rate is None else finetune_rate
+    finetune_rate = learning_rate(finetune_source(protocol)) if finetune_rate is None else finetune_rate
     configs = stage_configs(protocol, method, seed, rate, finetune_rate)
     names = ["pool", "test_pictures", "test_questions", "general_pictures"]
     if METHODS[method].kind == "pseudo":
@@ -251,7 +251,7 @@ class Study:
         if spec.kind == "zero-shot":
             return self.base, None
         rate = learning_rate(method) if rate is None else rate
-        finetune_rate = learning_rate("full") if finetune_rate is None else finetune_rate
+        finetune_rate = learning_rate(finetune_source(self.protocol)) if finetune_rate is None else finetune_rate
         configs = stage_configs(self.protocol, method, seed, rate, finetune_rate)
         with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
             stages = Stages(Path(folder))

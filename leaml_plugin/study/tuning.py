@@ -26,7 +26,8 @@ def first_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int]) -> l
 
 
 def second_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int], finetune_rate: float) -> list[Job]:
-    """The grid for the generators. Their VQA models are trained at the rate that "full" was found best with."""
+    """The grid for the generators. Their VQA models are trained at ``finetune_rate``, the best of
+    the method that trains the same on labels alone."""
     return [
         Job(TUNING, method, labels, seed, rate, finetune_rate)
         for method in methods
