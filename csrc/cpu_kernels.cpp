@@ -40,21 +40,42 @@ struct Vec {
 
 // kLanes elements as kLanes / W vectors. bf16 comes in pairs within a 32-bit word: even elements fill the first half of
 // the lanes, odd ones the second (see `lane`).
+// Arrays of vectors are filled one vector at a time: a memcpy over the whole array would keep it out of registers.
+template <class F>
+LEAML_HD void get(const float* p, F* out) {
+#pragma GCC unroll 8
+  for (int k = 0; k < int(4 * kLanes / sizeof(F)); ++k) {
+    F x;
+    memcpy(&x, p + k * (sizeof(F) / 4), sizeof(F));
+    out[k] = x;
+  }
+}
+
+template <class F>
+LEAML_HD void put(const F* values, float* p) {
+#pragma GCC unroll 8
+  for (int k = 0; k < int(4 * kLanes / sizeof(F)); ++k) {
+    const F x = values[k];
+    memcpy(p + k * (sizeof(F) / 4), &x, sizeof(F));
+  }
+}
+
 template <int W>
 LEAML_HD void load_lanes(const float* p, typename Vec<W>::f32* out) {
-  memcpy(out, p, 4 * kLanes);
+  get(p, out);
 }
 
 template <int W>
 LEAML_HD void load_lanes(const bf16* p, typename Vec<W>::f32* out) {
   typedef typename Vec<W>::u32 U;
+  typedef typename Vec<W>::f32 F;
   constexpr int half = kLanes / W / 2;
-  U words[half];
-  memcpy(words, p, 2 * kLanes);
+#pragma GCC unroll 4
   for (int k = 0; k < half; ++k) {
-    const U even = words[k] << 16, odd = words[k] & 0xffff0000u;
-    memcpy(out + k, &even, sizeof(U));
-    memcpy(out + half + k, &odd, sizeof(U));
+    U words;
+    memcpy(&words, p + 2 * W * k, sizeof(U));
+    out[k] = (F)(words << 16);
+    out[half + k] = (F)(words & 0xffff0000u);
   }
 }
 
@@ -72,6 +93,7 @@ LEAML_HD void load_lanes(const fp16* p, typename Vec<W>::f32* out) {
   typedef typename Vec<W>::u32 U;
   typedef typename Vec<W>::f32 F;
   typedef uint16_t H __attribute__((vector_size(2 * W)));
+#pragma GCC unroll 8
   for (int k = 0; k < kLanes / W; ++k) {
     H raw;
     memcpy(&raw, p + W * k, sizeof(H));
@@ -89,7 +111,7 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
   typedef typename Vec<W>::f32 F;
   constexpr int vectors = kLanes / W;
   F wg[vectors], abs_wg[vectors], gg[vectors];
-  memcpy(wg, lanes.wg, sizeof(wg)), memcpy(abs_wg, lanes.abs_wg, sizeof(wg)), memcpy(gg, lanes.gg, sizeof(wg));
+  get(lanes.wg, wg), get(lanes.abs_wg, abs_wg), get(lanes.gg, gg);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     F a[vectors], b[vectors];
@@ -99,7 +121,7 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
     } else {  // a half weight and an fp32 gradient: the weight in the gradient's order
       float wide[kLanes];
       for (int k = 0; k < kLanes; ++k) wide[k] = to_float(w[i + k]);
-      memcpy(a, wide, sizeof(a));
+      get(wide, a);
       load_lanes<W>(g + i, b);
     }
 #pragma GCC unroll 8
@@ -110,7 +132,7 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
       gg[k] += b[k] * b[k];
     }
   }
-  memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, abs_wg, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
+  put(wg, lanes.wg), put(abs_wg, lanes.abs_wg), put(gg, lanes.gg);
   for (int k = 0; i < n; ++i, ++k) {
     const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
     const int j = lane(g, k);
@@ -128,7 +150,7 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
 LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& lanes) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   __m256 wg[4], aw[4], gg[4];
-  memcpy(wg, lanes.wg, sizeof(wg)), memcpy(aw, lanes.abs_wg, sizeof(wg)), memcpy(gg, lanes.gg, sizeof(wg));
+  get(lanes.wg, wg), get(lanes.abs_wg, aw), get(lanes.gg, gg);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma GCC unroll 4
@@ -141,7 +163,7 @@ LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& l
       gg[k] = _mm256_add_ps(gg[k], _mm256_mul_ps(b, b));
     }
   }
-  memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, aw, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
+  put(wg, lanes.wg), put(aw, lanes.abs_wg), put(gg, lanes.gg);
   for (int k = 0; i < n; ++i, ++k) {
     const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
     lanes.wg[k] += p;
@@ -152,7 +174,7 @@ LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& l
 
 LEAML_V4 void relevance_f16_v4(const fp16* w, const fp16* g, int64_t n, Lanes& lanes) {
   __m512 wg[2], aw[2], gg[2];
-  memcpy(wg, lanes.wg, sizeof(wg)), memcpy(aw, lanes.abs_wg, sizeof(wg)), memcpy(gg, lanes.gg, sizeof(wg));
+  get(lanes.wg, wg), get(lanes.abs_wg, aw), get(lanes.gg, gg);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma GCC unroll 2
@@ -165,7 +187,7 @@ LEAML_V4 void relevance_f16_v4(const fp16* w, const fp16* g, int64_t n, Lanes& l
       gg[k] = _mm512_add_ps(gg[k], _mm512_mul_ps(b, b));
     }
   }
-  memcpy(lanes.wg, wg, sizeof(wg)), memcpy(lanes.abs_wg, aw, sizeof(wg)), memcpy(lanes.gg, gg, sizeof(wg));
+  put(wg, lanes.wg), put(aw, lanes.abs_wg), put(gg, lanes.gg);
   for (int k = 0; i < n; ++i, ++k) {
     const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
     lanes.wg[k] += p;
