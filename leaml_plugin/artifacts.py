@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 from leaml_plugin import records
 from leaml_plugin.errors import LeamlError
 
-CONFIG, DONE, WORK = "config.json", "done.json", "work"
+CONFIG, DONE, WORK, INPUTS = "config.json", "done.json", "work", "inputs"
 
 
 def canonical_json(data: Any) -> str:
@@ -221,7 +221,14 @@ class RunDirectory:
         key = fingerprint(resolved)
         record = path / CONFIG
         if record.exists():
-            cls._check_same(path, read_json(record), resolved)
+            there = read_json(record)
+            if there != resolved:
+                if _has_begun(path):
+                    cls._refuse(path, there, resolved)
+                held = _Lock.of(path)  # nobody else works on what is replaced here
+                check()
+                write_json(record, resolved)
+                del held
         elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
             raise LeamlError(f"{path} exists and is no run directory of leaml: name another --output, or an empty one.")
         else:
@@ -238,18 +245,17 @@ class RunDirectory:
         return run
 
     @staticmethod
-    def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    def _refuse(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         differing = [
             f"{name} is {_short(a)} there and {_short(b)} here"
             for part in ("inputs", "config")
             for name, a, b in _differences(there.get(part, {}), here[part])
         ]
-        if differing:
-            more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
-            raise LeamlError(
-                f"{path} holds a run of another configuration: {'; '.join(differing[:3])}{more}. "
-                f"Name another --output, or repeat the options of the first run to take it up."
-            )
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise LeamlError(
+            f"{path} holds a run of another configuration: {'; '.join(differing[:3])}{more}. "
+            f"Name another --output, or repeat the options of the first run to take it up."
+        )
 
     def stage(self, name: str) -> StageDirectory:
         return StageDirectory(self.path / "stages" / name, self.key)
@@ -319,6 +325,16 @@ def _remove_leftovers(path: Path) -> None:
     for leftover in [*path.glob(".*.tmp"), *path.glob("stages/**/.*.tmp")]:
         if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name) and leftover.is_file():
             leftover.unlink()
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a run directory holds more than its configuration and the copy of its inputs.
+
+    Where a wrong setting was only found after the directory was made, the corrected command may take the directory.
+    """
+    stages = path / "stages"
+    begun = (p for p in stages.rglob("*") if p.is_file() and p.relative_to(stages).parts[0] != INPUTS)
+    return next(begun, None) is not None or any(path.glob("runs/*"))
 
 
 def _short(value: Any) -> str:

@@ -34,6 +34,8 @@ COMMANDS = {
     "bench": ("leaml_plugin.commands.bench", "time the kernels and the training step against their peers"),
 }
 
+RESUMABLE = ("adapt", "demo", "data", "study", "pretrain")
+
 EXAMPLES = """examples:
   leaml adapt --model Qwen/Qwen2.5-VL-3B-Instruct --labeled train.jsonl \\
       --unlabeled images/ --captions captions.jsonl --output runs/endo
@@ -93,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"leaml: {name}the disk is full; make room and repeat the command.", file=sys.stderr)
         return LeamlError.exit_code
     except KeyboardInterrupt:
-        print("leaml: interrupted; the same command takes up where it stopped.", file=sys.stderr)
+        goes_on = "; the same command takes up where it stopped" if args.command in RESUMABLE else ""
+        print(f"leaml: interrupted{goes_on}.", file=sys.stderr)
         return 130
 
 

@@ -72,11 +72,15 @@ class Loaded:
 
     def to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """``batch`` on the model's device; floating-point tensors (pictures) in the model's type."""
-        device, dtype = self.device, self.dtype
-        return {
-            k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) if isinstance(v, Tensor) else v
-            for k, v in batch.items()
-        }
+        return to_device(batch, self.device, self.dtype)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """``batch`` on ``device``; floating-point tensors (pictures) become ``dtype``, others keep their type."""
+    return {
+        k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) if isinstance(v, Tensor) else v
+        for k, v in batch.items()
+    }
 
 
 def load(
@@ -223,6 +227,13 @@ def ffn_groups(model: nn.Module) -> list[tuple[str | None, str, str]]:
     if not groups:
         raise LeamlError("this model has no feed-forward block of known layer names; use granularity 'row'.")
     return groups
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The most tokens that the language model has positions for, by its configuration; None where it says nothing."""
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:

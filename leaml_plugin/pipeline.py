@@ -60,7 +60,8 @@ class AdaptConfig:
         prompts: directory with prompt files that replace the built-in ones; empty: built-in.
         dtype: of the weights: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        max_length: longest sample in tokens, picture tokens included; a longer one is an error; 0: no limit.
+        max_length: longest sample in tokens, picture tokens included; a longer one is an error. 0: as many as the
+            model has positions for.
         trust_remote_code: run code that comes with the model. Off unless you trust its author.
         relevance, generator, generate, verify, filter, finetune, evaluate: the stages' own configurations.
     """
@@ -203,10 +204,10 @@ class Adaptation:
 
     def collator(self, loaded: Loaded) -> Collator:
         from leaml_plugin.data import Collator
+        from leaml_plugin.models import max_positions
 
-        return Collator(
-            loaded.processor, self.prompts, max_length=self.config.max_length or None, cache_bytes=PICTURE_CACHE
-        )
+        limit = self.config.max_length or max_positions(loaded.model)
+        return Collator(loaded.processor, self.prompts, max_length=limit, cache_bytes=PICTURE_CACHE)
 
     def relevance(self) -> Selection:
         return relevance.run(

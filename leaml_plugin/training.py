@@ -27,6 +27,7 @@ from torch import nn
 
 from leaml_plugin.artifacts import StageDirectory, StepLog, atomic_path
 from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.models import to_device
 from leaml_plugin.progress import Progress
 
 if TYPE_CHECKING:
@@ -242,16 +243,13 @@ def _backward(
     total = 0.0
     for batch, n in zip(batches, tokens):
         share = n / sum(tokens)
-        with autocast(config.autocast, device, next(model.parameters()).dtype):
-            loss = model(**to_device(batch, device)).loss
+        dtype = next(model.parameters()).dtype
+        with autocast(config.autocast, device, dtype):
+            loss = model(**to_device(batch, device, dtype)).loss
         if loss.requires_grad:  # false where nothing selected lies on the loss's path
             (loss * (objective.weight * share)).backward()
         total += float(loss.detach()) * share
     return total
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def autocast(mode: str, device: torch.device, dtype: torch.dtype) -> torch.autocast:

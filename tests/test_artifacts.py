@@ -32,12 +32,22 @@ def test_a_run_is_taken_up_by_the_same_configuration(tmp_path):
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_touched(tmp_path, config, inputs, names):
-    RunDirectory.open(tmp_path, {"lr": 1e-4, "stage": {"k": 1}}, {"labels": "abc"})
+    run = RunDirectory.open(tmp_path, {"lr": 1e-4, "stage": {"k": 1}}, {"labels": "abc"})
+    run.stage("relevance").file("scores").write_text("1")
     before = snapshot(tmp_path)
     with pytest.raises(LeamlError, match="another configuration") as caught:
         RunDirectory.open(tmp_path, config, inputs)
     assert names in str(caught.value)
     assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_has_written_nothing_may_be_corrected(tmp_path):
+    run = RunDirectory.open(tmp_path, {"targets": "wrong"}, {})
+    run.stage("inputs").file("labels.jsonl").write_text("{}")
+    run = RunDirectory.open(tmp_path, {"targets": "right"}, {})
+    run.stage("relevance").file("scores").write_text("1")
+    with pytest.raises(LeamlError, match="another configuration"):
+        RunDirectory.open(tmp_path, {"targets": "wrong"}, {})
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):

@@ -119,13 +119,14 @@ def apply(
     question_limit = config.length_slack * max((len(qa.question) for qa in labels), default=0)
     answer_limit = config.length_slack * max((len(qa.answer) for qa in labels), default=0)
     known = {normalise_question(qa.question) for qa in labels}
+    answers_known = {normalise(qa.answer) for qa in labels}  # "not visible" is an answer where the labels use it
 
     def own_reason(pair: PseudoQA) -> str:
         if not pair.question or not normalise(pair.answer):
             return "malformed"
         if len(pair.question) > question_limit or len(pair.answer) > answer_limit:
             return "too_long"
-        if _UNANSWERABLE.search(pair.answer):
+        if _UNANSWERABLE.search(pair.answer) and normalise(pair.answer) not in answers_known:
             return "unanswerable"
         if config.min_logprob is not None and pair.logprob < config.min_logprob:
             return "unlikely"

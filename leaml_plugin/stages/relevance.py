@@ -29,7 +29,7 @@ from leaml_plugin.selection import (
     random_selection,
     select,
 )
-from leaml_plugin.training import autocast, seed_everything, to_device
+from leaml_plugin.training import autocast, seed_everything
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts
@@ -137,7 +137,6 @@ def score(
         if config.loss in ("vqa", "both"):
             turns.append(prompts.vqa(qa))
     model = loaded.model
-    device = next(model.parameters()).device
     groups = None
     if config.granularity == "ffn":
         from leaml_plugin.models import ffn_groups
@@ -151,8 +150,8 @@ def score(
     ) as scorer:
         for number, batch in enumerate(track(batches, "relevance", unit="batch")):
             seed_everything(config.seed, "relevance", number)
-            with autocast("auto", device, next(model.parameters()).dtype):
-                loss = model(**to_device(collator(batch), device)).loss
+            with autocast("auto", loaded.device, loaded.dtype):
+                loss = model(**loaded.to_device(collator(batch))).loss
             loss.backward()
             scorer.accumulate()
         return {name: scorer.scores(name) for name in criteria}

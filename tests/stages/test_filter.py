@@ -45,6 +45,12 @@ def test_unanswerable(answer):
     assert reasons([pair("Is there text?", "not relevant")], length_slack=10.0)[1] == []
 
 
+def test_what_the_labels_answer_is_an_answer():
+    labels = [*LABELS, QA("3", (), "Is the cecum there?", "not visible")]
+    kept, dropped = filter.apply(FilterConfig(), [pair("Is the cecum there?", "not visible")], labels)
+    assert (len(kept), dropped) == (1, [])
+
+
 def test_unlikely_and_unknown_question():
     pairs = [pair("Is there text?", "no", logprob=-3.0), pair("Is it red?", "no")]
     assert reasons(pairs, min_logprob=-1.0)[1] == ["unlikely"]
