@@ -41,7 +41,7 @@ class Recipe:
     vision_layers: int = 3
     vision_steps: int = 1500
     vision_batch: int = 64
-    joint_steps: int = 10200
+    joint_steps: int = 9650
     batch: int = 12
     questions: int = 8
     lr: float = 1.5e-3

@@ -74,5 +74,6 @@ def test_the_shipped_checkpoint_is_small_and_described():
 
 @pytest.mark.slow
 @needs_checkpoint
-def test_the_shipped_checkpoint_passes_the_gate(capsys):
-    assert gate.main(arguments()) == 0, capsys.readouterr().out
+@pytest.mark.parametrize("world", gate.OUT_OF_DISTRIBUTION)
+def test_the_shipped_checkpoint_passes_the_gate(world, capsys):
+    assert gate.main(arguments("--world", world)) == 0, capsys.readouterr().out
