@@ -18,7 +18,7 @@ from leaml_plugin.study.summary import Row, best_baseline, rows
 COLORS = {
     "leaml": "#D55E00", "joint": "#0072B2", "full": "#009E73", "lora": "#56B4E9", "attention": "#CC79A7",
     "no-distillation": "#E69F00", "all-neurons": "#999999", "random-neurons": "#666666", "full-vision": "#004D40",
-    "all-labels": "#000000", "full-longer": "#76c7a0",
+    "all-labels": "#000000", "full-longer": "#76c7a0", "joint-lora": "#004488",
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Protocol:
     captions: float = 1.0
     generator_updates: str = "all"
     qa_task: str = "both"
-    mode: str = "full"
+    mode: str = "lora"
     pseudo_pictures: int = 200
     samples: int = 4
     temperature: float = 1.0
@@ -120,6 +120,7 @@ METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", "labels", mode="lora"),
     "attention": Method("Attention projections only", "labels", mode="selected", targets=ATTENTION),
     "joint": Method("Labels + captions, no pseudo-QA", "joint"),
+    "joint-lora": Method("Labels + captions, no pseudo-QA (LoRA)", "joint", mode="lora"),
     "no-distillation": Method("Pseudo-QA, no distillation", "pseudo", distil=False),
     "all-neurons": Method("Pseudo-QA, all neurons distilled", "pseudo", choice="all"),
     "random-neurons": Method("Pseudo-QA, random neurons distilled", "pseudo", choice="random"),
@@ -129,14 +130,26 @@ METHODS: Mapping[str, Method] = {
 #: In the order in which a study runs them: what answers the main question first.
 ORDER = (
     "blind", "zero-shot", "full", "lora", "joint", "leaml", "no-distillation", "all-labels", "attention",
-    "all-neurons", "random-neurons", "full-longer", "full-vision",
+    "all-neurons", "random-neurons", "joint-lora", "full-longer", "full-vision",
 )  # fmt: skip
 
 #: Learning rates that every trained method was tuned over, on the garden world.
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 #: The tuned rates. A method with pseudo-QA trains its generator at its own rate and its VQA model at that of
 #: ``finetune_source``.
-LEARNING_RATES: Mapping[str, float] = {}
+LEARNING_RATES: Mapping[str, float] = {
+    "full": 1e-3,
+    "full-vision": 1e-3,
+    "lora": 3e-3,
+    "attention": 3e-3,
+    "joint": 1e-3,
+    "joint-lora": 3e-3,
+    "no-distillation": 3e-3,
+    "all-neurons": 3e-3,
+    "random-neurons": 3e-3,
+    "leaml": 3e-3,
+    "all-labels": 1e-3,
+}
 DEFAULT_RATE = 1e-3
 
 

@@ -56,8 +56,10 @@ class JointConfig:
     """Labels and captions in one training: ``caption_batch`` captions beside each batch of questions."""
 
     train: TrainConfig
+    mode: str
     caption_weight: float
     caption_batch: int
+    lora_rank: int
 
 
 def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finetune_rate: float) -> dict[str, Any]:
@@ -80,7 +82,9 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
 
     out: dict[str, Any] = {}
     if spec.kind == "joint":
-        out["joint"] = JointConfig(loop(protocol.steps, rate), protocol.captions, protocol.caption_batch)
+        out["joint"] = JointConfig(
+            loop(protocol.steps, rate), spec.mode, protocol.captions, protocol.caption_batch, protocol.lora_rank
+        )
     if spec.kind == "labels":
         lora = {"lora_rank": protocol.lora_rank, "lora_alpha": 2 * protocol.lora_rank}
         out["finetune"] = finetune.FinetuneConfig(
@@ -326,8 +330,16 @@ class Study:
 
     def _joint(self, config: JointConfig, tuned: Loaded, budget: Labels, stage: StageDirectory) -> None:
         captions = [turn for turn in map(self.prompts.caption, budget.unlabelled) if turn.target]
-        parameters = {n: p for n, p in tuned.model.named_parameters() if p.requires_grad}
         settings = config.train
+        model = tuned.model
+        if config.mode == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            torch.manual_seed(settings.seed)  # of the random A matrices, as in the finetune stage
+            targets = list(target_linears(model))
+            rank = config.lora_rank
+            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             parameters.values(),
             lr=settings.lr,
@@ -341,7 +353,7 @@ class Study:
             Objective("caption", [Stream("captions", captions, config.caption_batch)], config.caption_weight),
             Objective("vqa", [questions]),
         ]
-        train(tuned.model, self._collator(tuned), objectives, parameters, optimizer, settings, stage, label="joint")
+        train(model, self._collator(tuned), objectives, parameters, optimizer, settings, stage, label="joint")
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from leaml_plugin.study.statistics import Difference, compare, t_interval, unpac
 
 Result = Mapping[str, Any]
 #: Methods that have LEAML's labels and captions, or less, and no part of LEAML: what it has to beat.
-BASELINES = ("blind", "zero-shot", "full", "full-longer", "full-vision", "lora", "attention", "joint")
+BASELINES = ("blind", "zero-shot", "full", "full-longer", "full-vision", "lora", "attention", "joint", "joint-lora")
 MAIN = "leaml"
 
 
