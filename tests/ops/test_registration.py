@@ -108,7 +108,7 @@ def test_without_a_build_the_twins_run_and_say_so_once():
 
 def test_a_broken_library_is_reported_with_its_cause(tmp_path):
     broken = tmp_path / "_C.abi3.so"
-    broken.write_bytes(b"not a library")
+    broken.write_bytes(b"not a library" * 100)  # shorter than an ELF header it would be "file too short"
     code = f"""
         from pathlib import Path
         from leaml_plugin.ops import _loader
