@@ -26,6 +26,10 @@ FAST = [
 
 @pytest.fixture
 def project(tmp_path, pictures):
+    return make_project(tmp_path, pictures)
+
+
+def make_project(tmp_path: Path, pictures: list[Path]) -> Path:
     """A user's folder: JPEG pictures, a JSONL made by hand, captions, and a few test questions."""
     from PIL import Image
 
@@ -140,6 +144,20 @@ def test_equal_runs_give_equal_bytes_whatever_the_hash_seed(project, tiny_models
     assert tree(project / "run1") == tree(project / "run2")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, pictures, tiny_models):
+    """A project with one whole run, and the command of a run. Every run is a process of its own, as for a user."""
+    project = make_project(tmp_path_factory.mktemp("killed"), pictures)
+    test = ["--evaluation", str(project / "test.jsonl")]
+
+    def command(output: str) -> list[str]:
+        model = tiny_models("qwen2_5_vl")
+        return [sys.executable, "-m", "leaml_plugin.cli", *arguments(project, model, output, *test)]
+
+    subprocess.run(command("whole"), check=True, stdout=subprocess.DEVNULL)
+    return project, command
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sign",
@@ -152,20 +170,18 @@ def test_equal_runs_give_equal_bytes_whatever_the_hash_seed(project, tiny_models
         "evaluate/predictions.jsonl",
     ],
 )
-def test_kill_nine_in_any_stage_then_the_same_command_gives_the_same_bytes(sign, project, tiny_models):
-    model = tiny_models("qwen2_5_vl")
-    test = ["--evaluation", str(project / "test.jsonl")]
-    assert cli.main(arguments(project, model, "whole", *test)) == 0
-    command = [sys.executable, "-m", "leaml_plugin.cli", *arguments(project, model, "killed", *test)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_kill_nine_in_any_stage_then_the_same_command_gives_the_same_bytes(sign, undisturbed):
+    project, command = undisturbed
+    output = sign.split("/")[0]
+    process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (project / "killed" / "stages" / sign).exists() and process.poll() is None:
+    while not (project / output / "stages" / sign).exists() and process.poll() is None:
         assert time.monotonic() < deadline, f"{sign} never appeared"
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert cli.main(arguments(project, model, "killed", *test)) == 0
-    whole, killed = tree(project / "whole"), tree(project / "killed")
+    subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL)
+    whole, killed = tree(project / "whole"), tree(project / output)
     assert whole.keys() == killed.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []
 
