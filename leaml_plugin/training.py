@@ -89,6 +89,11 @@ class TrainConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise LeamlError(f"training: betas are {list(self.betas)}; each must lie in [0, 1).")
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """The optimizer's keyword arguments, for ``torch.optim.AdamW`` and ``SparseAdamW`` alike."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
     def lr_factor(self, step: int) -> float:
         """The share of ``lr`` that step ``step`` (from 0) uses."""
         warm = max(1, round(self.warmup * self.steps)) if self.warmup > 0 else 0

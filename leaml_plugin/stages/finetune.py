@@ -82,21 +82,13 @@ def run(
     loaded = load()
     model = loaded.model
     stored = model.dtype
-    adamw = dict(
-        lr=config.train.lr,
-        betas=config.train.betas,
-        eps=config.train.eps,
-        weight_decay=config.train.weight_decay,
-    )
     after_restore: Callable[[], None] = lambda: None  # noqa: E731
     if config.mode == "selected":
         if selection is None:
             raise LeamlError('finetune: mode "selected" needs the selection of the relevance stage.')
-        for p in model.parameters():
-            p.requires_grad_(False)
         handle = attach(model, selection)
         parameters = dict(handle.named_parameters())
-        optimizer: torch.optim.Optimizer = SparseAdamW(handle.param_groups(), **adamw)
+        optimizer: torch.optim.Optimizer = SparseAdamW(handle.param_groups(), **config.train.adamw)
         after_restore = handle.sync
     else:
         if config.mode == "lora":
@@ -104,7 +96,7 @@ def run(
         else:
             model.float()  # AdamW on bf16 weights loses most small updates; stored as it was loaded
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(parameters.values(), fused=True, **adamw)
+        optimizer = torch.optim.AdamW(parameters.values(), fused=True, **config.train.adamw)
 
     train(
         model,

@@ -94,37 +94,22 @@ def run(
     distils = config.caption_weight > 0
     if distils and not caption_turns:
         raise LeamlError("generator: no picture has a caption; give --captions, or set generator.caption_weight=0.")
-    count = config.caption_batch or config.train.batch_size
+    captions = Stream("captions", caption_turns, config.caption_batch or config.train.batch_size)
 
     for p in model.parameters():
         p.requires_grad_(config.qa_updates == "all")
     if config.qa_updates == "selected":
         handle = attach(model, selection)
         parameters = dict(handle.named_parameters())
-        optimizer: torch.optim.Optimizer = SparseAdamW(
-            handle.param_groups(),
-            lr=config.train.lr,
-            betas=config.train.betas,
-            eps=config.train.eps,
-            weight_decay=config.train.weight_decay,
-        )
+        optimizer: torch.optim.Optimizer = SparseAdamW(handle.param_groups(), **config.train.adamw)
         if distils:
-            captions = Stream("captions", caption_turns, count)
             objectives = [Objective("caption", [captions], config.caption_weight), qa]
     else:
         model.float()  # AdamW on bf16 weights loses most small updates; stored as it was loaded
         parameters = dict(model.named_parameters())
-        optimizer = torch.optim.AdamW(
-            parameters.values(),
-            lr=config.train.lr,
-            betas=config.train.betas,
-            eps=config.train.eps,
-            weight_decay=config.train.weight_decay,
-            fused=True,
-        )
+        optimizer = torch.optim.AdamW(parameters.values(), fused=True, **config.train.adamw)
         if distils:
             # Captions come first: their gradients are cut down to the selected neurons before QA adds its own.
-            captions = Stream("captions", caption_turns, count)
             keep = masks(selection, parameters)
             objectives = [
                 Objective("caption", [captions], config.caption_weight, lambda: restrict(parameters, keep)),
