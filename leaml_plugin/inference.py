@@ -1,8 +1,8 @@
 """The one batched ``generate`` and the scoring of given answers, shared by stages, lmms-eval and users.
 
 Covers: left-padded batches in windows sorted by length, results in the order of the input and as they are ready,
-several samples a turn that share one reading of picture and prompt, greedy or seeded sampling, the mean
-log-probability of what was written.
+several samples a turn that share one reading of picture and prompt, greedy or seeded sampling, answers whose beginning
+is given, the mean log-probability of what was written.
 Does not cover: beam search, generation on a server.
 
 Sampling does not use torch's random state. A token is drawn by the Gumbel-max rule, with noise that is a hash of
@@ -59,7 +59,8 @@ class Generated:
 
     ``sample`` counts the draws of a turn from 0. ``tokens`` counts the written ids, the end of turn included;
     ``finished`` tells whether the end was reached. ``logprob`` is the mean log-probability (nats per token) of these
-    ids under the model itself, before temperature and nucleus; 0.0 unless asked for.
+    ids under the model itself, before temperature and nucleus; 0.0 unless asked for. A forced beginning
+    (``Turn.prefixes``) is part of ``text`` and ``tokens``, but not of ``logprob``.
     """
 
     id: str
@@ -91,7 +92,7 @@ def generate(
         batch_size: the most rows of a forward pass, halved where the accelerator's memory runs out; a turn with
             ``num_samples`` takes that many rows. Picture and prompt are processed and read by the model once for all
             samples of a turn (in one batch).
-        max_new_tokens: the most tokens to write.
+        max_new_tokens: the most tokens to write, a forced beginning included.
         sampling: ``None`` is greedy.
         num_samples: texts a turn; more than one needs ``sampling``.
 
@@ -220,9 +221,10 @@ def _run(
 ) -> list[Generated]:
     length = max(len(features) for features, _ in rows)
     chooser = None
-    if sampling is not None or return_logprobs:
+    forced = [collator.prefix_ids(f.turn.prefix(sample)) if f.turn.prefixes else [] for f, sample in rows]
+    if sampling is not None or return_logprobs or any(forced):
         keys = [_key(sampling.seed, features.turn.id, sample) for features, sample in rows] if sampling else None
-        chooser = _Chooser(length, sampling, keys, stop, return_logprobs)
+        chooser = _Chooser(length, sampling, keys, stop, return_logprobs, forced)
     # the samples of a turn share one Features object and stand side by side
     new = [n == 0 or rows[n][0] is not rows[n - 1][0] for n in range(len(rows))]
     out = None
@@ -361,7 +363,8 @@ _MASK32 = 0xFFFFFFFF
 class _Chooser(LogitsProcessor):
     """Draws the next token of every row, leaves only that one possible, and adds up its log-probability.
 
-    Scores are ``[rows, vocabulary]`` float32, as transformers hands them on.
+    ``forced`` holds the token ids that each row must begin with; they have no log-probability. Scores are
+    ``[rows, vocabulary]`` float32, as transformers hands them on.
     """
 
     def __init__(
@@ -371,8 +374,12 @@ class _Chooser(LogitsProcessor):
         keys: list[tuple[int, int]] | None,
         stop: list[int],
         logprobs: bool,
+        forced: Sequence[Sequence[int]] = (),
     ):
         self._start, self._sampling, self._logprobs = prompt_length, sampling, logprobs
+        longest = max(map(len, forced), default=0)
+        self._forced = torch.tensor([[*ids, *[-1] * (longest - len(ids))] for ids in forced], dtype=torch.int64)
+        self._longest = longest
         self._keys = torch.tensor(keys or [], dtype=torch.int64)
         self._stop = torch.tensor(stop, dtype=torch.int64)
         self._sum: Tensor | None = None
@@ -380,6 +387,7 @@ class _Chooser(LogitsProcessor):
         self._open: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self._start
         self._keys, self._stop = self._keys.to(scores.device), self._stop.to(scores.device)
         if self._sampling is None:
             choice = scores.argmax(-1)
@@ -387,27 +395,31 @@ class _Chooser(LogitsProcessor):
             logits = scores / self._sampling.temperature
             if self._sampling.top_p < 1:
                 logits = _nucleus(logits, self._sampling.top_p)
-            step = input_ids.shape[1] - self._start
             choice = (logits + gumbel(self._keys, step, scores.shape[1])).argmax(-1)
+        drawn = torch.ones_like(choice, dtype=torch.bool)
+        if step < self._longest:
+            forced = self._forced[:, step].to(choice.device)
+            drawn = forced < 0
+            choice = torch.where(drawn, choice, forced)
         if self._logprobs:
-            self._add(scores, choice)
-        if self._sampling is None:
+            self._add(scores, choice, drawn)
+        if self._sampling is None and step >= self._longest:
             return scores
         return torch.full_like(scores, -torch.inf).scatter_(1, choice[:, None], 0.0)
 
-    def _add(self, scores: Tensor, choice: Tensor) -> None:
+    def _add(self, scores: Tensor, choice: Tensor, drawn: Tensor) -> None:
         if self._open is None:
             self._open = torch.ones_like(choice, dtype=torch.bool)
             self._sum = torch.zeros(choice.shape, device=choice.device)
             self._count = torch.zeros_like(choice)
         logprob = scores.gather(1, choice[:, None])[:, 0] - scores.logsumexp(-1)
-        self._sum += torch.where(self._open, logprob, 0.0)
-        self._count += self._open
+        self._sum += torch.where(self._open & drawn, logprob, 0.0)
+        self._count += self._open & drawn
         self._open &= ~torch.isin(choice, self._stop)
 
     def means(self) -> list[float]:
         assert self._sum is not None and self._count is not None
-        return (self._sum / self._count).tolist()
+        return (self._sum / self._count.clamp(min=1)).tolist()
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

@@ -240,3 +240,30 @@ def test_an_error_in_preparation_reaches_the_caller(loaded, collator, turns, tmp
     bad = dataclasses.replace(turns[0], images=(ImageRef(str(tmp_path / "none.png")),), source="x.jsonl line 3")
     with pytest.raises(LeamlError, match=r"x.jsonl line 3: .*no such picture"):
         texts(loaded, [*turns, bad], collator)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_answer_goes_on_from_its_forced_beginning(loaded, collator, turns, batch_size):
+    """Equal to writing on from a prompt that ends with the beginning, and without a share in the log-probability."""
+    beginnings = ("Question: Is there", "Question: How many", "")
+    asked = [dataclasses.replace(turn, prefixes=beginnings) for turn in turns[:2]]
+    options = {"sampling": SAMPLING, "num_samples": 3, "return_logprobs": True, "batch_size": batch_size}
+    out = texts(loaded, asked, collator, max_new_tokens=30, **options)
+    for o in out:
+        assert o.text.startswith(beginnings[o.sample]), o
+    free = texts(loaded, turns[:2], collator, max_new_tokens=30, **options)
+    assert [o.text for o in out if o.sample == 2] == [o.text for o in free if o.sample == 2]
+    greedy = texts(loaded, [dataclasses.replace(turns[0], prefixes=("Is",))], collator, return_logprobs=True)[0]
+    ids = collator.prefix_ids("Is")
+    batch = collator.prompt_batch([turns[0]])
+    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
+    for name in batch.keys() & {"attention_mask", "mm_token_type_ids"}:
+        batch[name] = torch.cat([batch[name], torch.full((1, len(ids)), int(name == "attention_mask"))], 1)
+    length = batch["input_ids"].shape[1]
+    want = loaded.model.generate(
+        **batch, max_new_tokens=8 - len(ids), do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    written = want.sequences[0, length:]
+    assert greedy.text == collator.decode(torch.cat([torch.tensor(ids), written]))
+    means = [float(s.log_softmax(-1)[0, i]) for s, i in zip(want.logits, written)]
+    assert greedy.logprob == pytest.approx(sum(means) / len(means), abs=1e-3)

@@ -104,6 +104,7 @@ class Collator:
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else self.tokenizer.eos_token_id
         self._row_keys: frozenset[str] | None = None
+        self._prefixes: dict[str, list[int]] = {}
         self._read_template()
 
     # -- public ----------------------------------------------------------------------------------------------------
@@ -165,6 +166,15 @@ class Collator:
             batch["labels"] = torch.stack(rows)
         batch.update(self._merge_media(features))
         return batch
+
+    def prefix_ids(self, text: str) -> list[int]:
+        """The tokens of an answer's beginning, as they stand in an answer that goes on with another word."""
+        text = text.strip()
+        if not text:
+            return []
+        if text not in self._prefixes:
+            self._prefixes[text] = self._target_ids(self._plain(text))
+        return self._prefixes[text]
 
     def decode(self, ids: Tensor) -> str:
         """Generated ids as text, without special tokens, reasoning (``<think>…</think>``) and outer white space."""

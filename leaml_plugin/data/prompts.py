@@ -15,6 +15,8 @@ file            what it is                                               placeho
 ``generate.txt``  asks for a question about the picture and its answer   none
 ``pair.txt``    the form in which the two are written                    ``{question} {answer}``
 ``caption.txt``  asks for a description of the picture                   none
+``context.txt``  stands before a question that is asked about the        ``{caption}``
+                teacher's caption, the picture unseen
 ==============  =======================================================  ======================
 """
 
@@ -39,6 +41,7 @@ _PLACEHOLDERS = {
     "generate": (),
     "pair": ("question", "answer"),
     "caption": (),
+    "context": ("caption",),
 }
 
 
@@ -47,7 +50,9 @@ class Turn:
     """One exchange: pictures and a prompt go in, ``target`` should come out.
 
     ``images`` may be empty (text only) or hold several pictures (a video is its frames in order). ``target`` is
-    ``None`` where the model is to answer freely. ``source`` is what an error message names.
+    ``None`` where the model is to answer freely. ``source`` is what an error message names. ``prefixes`` are beginnings
+    that generated answers must have: sample ``i`` goes on from ``prefixes[i]`` (from the first again where there are
+    fewer); empty leaves the model free.
     """
 
     id: str
@@ -55,6 +60,11 @@ class Turn:
     prompt: str
     target: str | None = None
     source: str = ""
+    prefixes: tuple[str, ...] = ()
+
+    def prefix(self, sample: int) -> str:
+        """What the answer of this sample must begin with."""
+        return self.prefixes[sample % len(self.prefixes)] if self.prefixes else ""
 
     @property
     def where(self) -> str:
@@ -75,6 +85,7 @@ class Prompts:
     generate_text: str
     pair_text: str
     caption_text: str
+    context_text: str
 
     def __post_init__(self) -> None:
         for key in _PLACEHOLDERS:
@@ -143,6 +154,16 @@ class Prompts:
     def caption(self, picture: Picture) -> Turn:
         """Asks for a description; the teacher's caption is the target (``None`` where there is none)."""
         return Turn(picture.id, picture.images, self.caption_text, picture.caption or None, f"picture {picture.id}")
+
+    def vqa_of_caption(self, qa: QA, caption: str) -> Turn:
+        """The question of ``qa`` without its pictures, behind a text that tells what the teacher saw; no target."""
+        context = _fill(self.context_text, caption=_line(caption))
+        return Turn(qa.id, (), f"{context}\n{_fill(self.vqa_text, question=qa.question)}", None, qa.source)
+
+    def begin_generated(self, question: str) -> str:
+        """How a generated pair begins whose question begins with ``question``: a ``Turn.prefixes`` entry."""
+        start = re.split(r"\{question\}", self.pair_text)[0]
+        return start + _line(question) if question.strip() else ""
 
     def parse_generated(self, text: str) -> tuple[str, str] | None:
         """Question and answer from what a generator wrote, or ``None`` where the form is not there.

@@ -195,6 +195,9 @@ class PackedCollator:
             **self._pictures([prompt.turn.images for prompt in features]),
         }
 
+    def prefix_ids(self, text: str) -> list[int]:
+        return list(self._encoder(_plain(text.strip()))) if text.strip() else []
+
     def decode(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,3 +105,19 @@ def test_a_missing_or_empty_prompt_directory_is_one_sentence(tmp_path):
         Prompts.load(tmp_path / "none")
     with pytest.raises(LeamlError, match="no prompt file"):
         Prompts.load(tmp_path)
+
+
+def test_a_question_about_the_caption_shows_no_picture(prompts):
+    turn = prompts.vqa_of_caption(qa(), "A red\ntube.")
+    assert (turn.images, turn.target) == ((), None)
+    assert "A red tube." in turn.prompt and turn.prompt.endswith(prompts.vqa(qa()).prompt)
+
+
+def test_a_beginning_is_the_beginning_of_what_is_trained_on(prompts):
+    beginning = prompts.begin_generated("Is there")
+    assert prompts.generate_target(qa("Is there a polyp?")).target.startswith(beginning)
+    assert prompts.parse_generated(beginning + " blood?\nAnswer: no") == ("Is there blood?", "no")
+    assert prompts.begin_generated(" ") == ""
+    turn = dataclasses.replace(prompts.generate(Picture("p", IMAGES)), prefixes=("a", "b"))
+    assert [turn.prefix(i) for i in range(3)] == ["a", "b", "a"]
+    assert prompts.generate(Picture("p", IMAGES)).prefix(0) == ""
