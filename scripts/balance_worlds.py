@@ -16,6 +16,6 @@ for world in ("endoscopy", "sports", "garden"):
     answers: dict[str, Counter] = defaultdict(Counter)
     for index in track(range(4000), world):
         for qa in render(world, index, seed=31337).qas:
-            answers[qa.template][qa.answer_text] += 1
+            answers[qa.template][qa.reply] += 1
     table[world] = {template: balance.rates(count) for template, count in sorted(answers.items())}
 balance.TABLE.write_text(json.dumps(table, indent=1) + "\n")

@@ -28,7 +28,7 @@ WORLD_SEED = 0
 def asked(qa: WorldQA) -> str:
     """The question as every method sees it: on one line, with the options behind it, without a request for the form.
 
-    One line, because what a generator writes is one line: pseudo-questions then look like the labelled ones.
+    To multiple choice the answer is the text of the right option. One line, because what a generator writes is one line: pseudo-questions then look like the labelled ones.
     """
     return " ".join([qa.question, *(f"{letter}. {text}" for letter, text in qa.options.items())])
 
@@ -40,9 +40,15 @@ def records(scene: Scene, refs: tuple) -> list[QA]:
             f"{scene.id}#{number}",
             refs,
             asked(qa),
-            qa.answer,
+            qa.reply,
             source=f"{scene.id} question {number}",
-            meta={"template": qa.template, "question": qa.question, "options": dict(qa.options), "level": qa.level},
+            meta={
+                "template": qa.template,
+                "question": qa.question,
+                "options": dict(qa.options),
+                "letter": qa.answer if qa.options else "",
+                "level": qa.level,
+            },
         )
         for number, qa in enumerate(scene.qas)
     ]
@@ -121,16 +127,16 @@ class World:
         For multiple choice the better of two predictors on these labels: the most frequent letter of a question, and
         the option that is right most often whenever it is offered.
         """
-        majority = BlindMajority((qa.meta["question"], qa.answer) for qa in labels)
+        majority = BlindMajority((qa.meta["question"], qa.meta["letter"] or qa.answer) for qa in labels)
         options = BlindOptions(
-            (qa.meta["question"], qa.meta["options"], qa.answer) for qa in labels if qa.meta["options"]
+            (qa.meta["question"], qa.meta["options"], qa.meta["letter"]) for qa in labels if qa.meta["options"]
         )
 
         def by_letter(qa: QA) -> bool:
-            return exact_match(majority.answer(qa.meta["question"]), qa.answer)
+            return exact_match(majority.answer(qa.meta["question"]), qa.meta["letter"] or qa.answer)
 
         def by_text(qa: QA) -> bool:
-            return options.answer(qa.meta["question"], qa.meta["options"]) == qa.answer
+            return options.answer(qa.meta["question"], qa.meta["options"]) == qa.meta["letter"]
 
         if not self.multiple_choice:
             return [by_letter(qa) for qa in self.test]
@@ -149,7 +155,7 @@ class World:
         truth = {}
         for name, qas in self._qas.items():
             for qa in qas:
-                text = qa.meta["options"].get(qa.answer, qa.answer)
+                text = qa.answer
                 if text == NONE_OF_THE_ABOVE:  # does not tell the true text
                     continue
                 truth[name, normalise_question(qa.meta["question"])] = (qa.meta["template"], text)
@@ -158,8 +164,8 @@ class World:
     def pseudo_accuracy(self, pairs: Sequence[PseudoQA]) -> dict:
         """How many pseudo-answers are right, among the pairs whose question the world asks of that picture too.
 
-        For multiple choice the answer is right if the option that it names has the true text, or is 'None of the above'
-        where no option has.
+        For multiple choice the answer is right if it is the option with the true text, or 'None of the above' where no
+        option has that.
         """
         hits: dict[str, list[bool]] = defaultdict(list)
         for pair in pairs:
@@ -195,7 +201,7 @@ def split_options(question: str) -> tuple[str, dict[str, str]]:
 def _right(answer: str, options: dict[str, str], truth: str) -> bool:
     if not options:
         return exact_match(answer, truth)
-    chosen = options.get(answer.strip(), "")
+    chosen = next((text for text in options.values() if exact_match(answer, text)), "")
     if chosen == NONE_OF_THE_ABOVE:
         return all(text != truth for text in options.values())
     return bool(chosen) and exact_match(chosen, truth)

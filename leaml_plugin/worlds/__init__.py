@@ -57,7 +57,6 @@ _EXPORTS = {
     "render": "leaml_plugin.worlds.scenes",
     "Scene": "leaml_plugin.worlds.scenes",
     "WorldQA": "leaml_plugin.worlds.scenes",
-    "mc_prompt": "leaml_plugin.worlds.scenes",
     "export": "leaml_plugin.worlds.files",
     "ExportedWorld": "leaml_plugin.worlds.files",
     "checkpoint_path": "leaml_plugin.worlds.files",
@@ -73,7 +72,7 @@ if TYPE_CHECKING:
     from leaml_plugin.worlds.blind import blind_majority
     from leaml_plugin.worlds.evaluate import forgetting, general_object_qa
     from leaml_plugin.worlds.files import ExportedWorld, checkpoint_path, export, prompts_path
-    from leaml_plugin.worlds.scenes import Scene, WorldQA, mc_prompt, render
+    from leaml_plugin.worlds.scenes import Scene, WorldQA, render
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ def choose(rng: Rng, world: str, qas: list[WorldQA], count: int) -> list[WorldQA
     table = _rates().get(world)
     if table is None:
         return qas
-    kept = [qa for qa in qas if rng.below(1000) < table.get(qa.template, {}).get(qa.answer_text, 1000)]
+    kept = [qa for qa in qas if rng.below(1000) < table.get(qa.template, {}).get(qa.reply, 1000)]
     return rng.shuffled(kept)[:count]
 
 

@@ -25,7 +25,7 @@ def blind_scores(scenes: list[Scene]) -> dict[str, Any]:
     texts: dict[str, Counter] = defaultdict(Counter)
     for qa in qas:
         answers[qa.question + "/".join(qa.options)][qa.answer] += 1
-        texts[qa.template][qa.answer_text] += 1
+        texts[qa.template][qa.reply] += 1
     right: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for qa in qas:
         by_letter = answers[qa.question + "/".join(qa.options)].most_common(1)[0][0]
@@ -44,4 +44,4 @@ def blind_scores(scenes: list[Scene]) -> dict[str, Any]:
 def none_share(scenes: list[Scene]) -> float:
     """How often 'None of the above' is right among the four-option questions."""
     four = [qa for s in scenes for qa in s.qas if len(qa.options) == 4]
-    return sum(qa.answer_text == NONE_OF_THE_ABOVE for qa in four) / max(len(four), 1)
+    return sum(qa.reply == NONE_OF_THE_ABOVE for qa in four) / max(len(four), 1)

@@ -18,7 +18,8 @@ def accuracy(
 ) -> dict[str, Any]:
     """Exact-match accuracy over the scenes' questions: ``{"overall", "templates": {...}, "questions", "correct"}``.
 
-    ``correct`` lists True or False per question in order. A ``set`` answer counts in its canonical order only.
+    ``correct`` lists True or False per question in order. A ``set`` answer counts in its canonical order only,
+    multiple choice by the text of the right option.
     """
     import torch
 
@@ -30,7 +31,7 @@ def accuracy(
         part = [s for s in scenes[start : start + batch] if s.qas]
         if not part:
             continue
-        packed = pack(encoder, [(s.frames, [(q.prompt, q.answer) for q in s.qas[:limit]]) for s in part])
+        packed = pack(encoder, [(s.frames, [(q.prompt, q.reply) for q in s.qas[:limit]]) for s in part])
         with torch.inference_mode():
             scores, _ = logits(model, packed.to(model.device))
             marks += right(scores, packed.to(model.device)).tolist()

@@ -99,7 +99,7 @@ def _plain(scenes: Any, out: Path) -> ExportedWorld:
         paths = [f"images/{name}" for name in names]
         shown = {"image": paths[0]} if len(paths) == 1 else {"images": paths}
         for number, qa in enumerate(scene.qas):
-            row = {"id": f"{scene.id}#{number}", **shown, "question": qa.question, "answer": qa.answer}
+            row = {"id": f"{scene.id}#{number}", **shown, "question": qa.question, "answer": qa.reply}
             row |= {"options": qa.options} if qa.options else {}
             row |= {"template": qa.template} | ({"level": qa.level} if qa.level else {})
             labels.append(row)

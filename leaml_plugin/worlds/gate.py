@@ -135,7 +135,7 @@ def fine_tune(
         chosen, order = order[:batch], order[batch:]
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
-        rows = [(scenes[i].frames, [(q.prompt, q.answer) for q in scenes[i].qas]) for i in chosen]
+        rows = [(scenes[i].frames, [(q.prompt, q.reply) for q in scenes[i].qas]) for i in chosen]
         packed = pack(encoder, rows, pixels=torch.cat([pixels[i] for i in chosen]))
         loss = question_loss(logits(model, packed)[0], packed)
         loss.backward()

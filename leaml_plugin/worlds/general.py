@@ -1,7 +1,7 @@
 """The general world: coloured shapes on varied grounds, and everything a small chat model is taught about them.
 
 Covers pictures and three-frame clips, questions of every answer kind, captions, question writing on request, and
-text skills (choosing among options, repeating words) that exercise every piece of the tokenizer.
+text skills (answering from a caption, repeating words) that exercise every piece of the tokenizer.
 Does not cover any word or look that belongs to the out-of-distribution worlds.
 """
 
@@ -473,7 +473,7 @@ def _reordered(rng: Rng, qa: WorldQA) -> WorldQA:
         return qa
     texts = rng.shuffled(list(qa.options.values()))
     letters = list(qa.options)
-    return replace(qa, answer=letters[texts.index(qa.answer_text)], options=dict(zip(letters, texts)))
+    return replace(qa, answer=letters[texts.index(qa.reply)], options=dict(zip(letters, texts)))
 
 
 def pseudo_word(rng: Rng) -> str:
@@ -588,9 +588,9 @@ def _motion_choice(rng, things, facts):
 def phrased(rng: Rng, qa: WorldQA) -> str:
     """The question as users' prompt templates put it: bare, or with a request for the form of the answer."""
     if qa.options:
-        between = " " if rng.chance(25) else "\n"
+        between = rng.choice((" ", "\n"))
         text = between.join([qa.question, *(f"{letter}. {option}" for letter, option in qa.options.items())])
-        requests = (LETTER_REQUEST, LETTER_REQUEST, SHORT_REQUEST, f"{LETTER_REQUEST}\n{SHORT_REQUEST}", "")
+        requests = (LETTER_REQUEST, SHORT_REQUEST, "", "")
     else:
         text, requests = qa.question, (SHORT_REQUEST, "", "")
     request = rng.choice(requests)
@@ -599,18 +599,19 @@ def phrased(rng: Rng, qa: WorldQA) -> str:
 
 def written(qa: WorldQA) -> str:
     """The target of a request to write a question with its answer: two lines."""
-    return f"Question: {' '.join(qa.prompt.split())}\nAnswer: {qa.answer}"
+    return f"Question: {' '.join(qa.prompt.split())}\nAnswer: {qa.reply}"
 
 
-def look_up(rng: Rng) -> tuple[str, str]:
-    """Multiple choice without a picture: the letter that stands before a given text."""
-    domain = rng.choice((tuple(COLORS), SHAPES, POSITIONS, NUMBERS, SIZES, EVERYDAY, None))
-    count = rng.between(2, 4)
-    texts = rng.sample(domain, count) if domain else [pseudo_word(rng) for _ in range(count)]
-    answer = rng.below(count)
-    options = dict(zip("ABCD", texts))
-    lines = [f"Which option is {texts[answer]}?", *(f"{letter}. {text}" for letter, text in options.items())]
-    return "\n".join([*lines, LETTER_REQUEST] if rng.chance(20) else lines), "ABCD"[answer]
+# what a caption answers as well as its picture does
+READABLE = (
+    "exists", "color", "color-at", "what", "where", "where-all", "count", "size", "texture", "colors", "shapes",
+    "ground", "ground-color", "choice",
+)  # fmt: skip
+
+
+def reading(rng: Rng, caption: str, qa: WorldQA) -> tuple[str, str]:
+    """A question about the picture that ``caption`` describes, which is not the one that is shown."""
+    return f"{caption}\n{phrased(rng, qa)}", qa.reply
 
 
 def dictation(rng: Rng) -> tuple[str, str]:

@@ -41,15 +41,14 @@ class Recipe:
     vision_layers: int = 3
     vision_steps: int = 1500
     vision_batch: int = 64
-    joint_steps: int = 9650
+    joint_steps: int = 12000
     batch: int = 12
     questions: int = 8
     lr: float = 1.5e-3
     vision_lr: float = 0.25  # of the language side's rate in the second phase: text gradients must not undo the first
     cell_weight: float = 1.0  # of the cell objective in the second phase; falls to a fifth
     place_weight: float = 0.3  # of naming the own cell after the first language layer
-    option_weight: float = 0.3  # of the two steps of multiple choice, after the second and third language layers
-    budget: int = 240  # tokens of questions and answers a picture in a packed row
+    budget: int = 260  # tokens of questions and answers a picture in a packed row
     weight_decay: float = 0.02
     bf16: bool = True
 
@@ -68,8 +67,6 @@ class CellHeads:
             "cells": torch.nn.Linear(width, sum(HEADS)),
             "scene": torch.nn.Linear(width, sum(SCENE_HEADS)),
             "place": torch.nn.Linear(width, 9),
-            "letter": torch.nn.Linear(width, 4),
-            "chosen": torch.nn.Linear(width, 1),
         })  # fmt: skip
 
     def place_loss(self, hidden: Any) -> tuple[Any, float]:
@@ -98,53 +95,6 @@ class CellHeads:
         for i, scores in enumerate(self.module["scene"](features.mean(1)).float().split(SCENE_HEADS, -1)):
             total = total + 0.3 * F.cross_entropy(scores, scene[:, i])
         return total, accuracy
-
-    def option_loss(self, second: Any, third: Any, options: Any) -> tuple[Any, float]:
-        """Multiple choice in two steps that a letter alone teaches too slowly.
-
-        Each token of an option's text names its letter after the second language layer, and says after the third
-        whether its option is the right one. ``options`` is what :func:`option_tokens` found.
-        """
-        from torch.nn import functional as F
-
-        at, letters, chosen = options
-        if not len(at):
-            return second.sum() * 0.0, float("nan")
-        names = self.module["letter"](second.flatten(0, 1)[at]).float()
-        flags = self.module["chosen"](third.flatten(0, 1)[at]).float()[:, 0]
-        loss = F.cross_entropy(names, letters) + 2 * F.binary_cross_entropy_with_logits(flags, chosen)
-        return loss, float(((flags > 0) == (chosen > 0)).float().mean())
-
-
-def option_tokens(ids: Any, encoder: Any) -> tuple[Any, Any, Any]:
-    """Flat positions in ``ids [rows, length]`` of the tokens of options whose question is answered by a letter, their
-    letters (0 to 3) and whether theirs is the answer (0.0 or 1.0)."""
-    import torch
-
-    from leaml_plugin.worlds.processor import ASSISTANT, END
-
-    letter_of = {encoder(blank + letter)[0]: i for i, letter in enumerate("ABCD") for blank in ("", " ")}
-    dot, newline = encoder(".")[0], encoder("\n")[0]
-    at, letters, chosen = [], [], []
-    length = ids.shape[1]
-    for row, line in enumerate(ids.tolist()):
-        spans: list[tuple[int, int]] = []
-        current = None
-        for i in range(length - 2):
-            token = line[i]
-            if token in letter_of and line[i + 1] == dot:
-                current = letter_of[token]
-            elif token in (newline, END):
-                current = None
-            elif token == ASSISTANT:
-                if line[i + 1] in letter_of and line[i + 2] == END:
-                    at += [row * length + j for j, _ in spans]
-                    letters += [letter for _, letter in spans]
-                    chosen += [float(letter == letter_of[line[i + 1]]) for _, letter in spans]
-                spans, current = [], None
-            elif current is not None and token != dot:
-                spans.append((i, current))
-    return torch.tensor(at, dtype=torch.long), torch.tensor(letters, dtype=torch.long), torch.tensor(chosen)
 
 
 def cell_targets(scenes: list[Any]) -> tuple[Any, Any]:
@@ -177,22 +127,24 @@ def vision_scenes(recipe: Recipe, step: int) -> list[Any]:
 
 def joint_scenes(recipe: Recipe, step: int, encoder: Any) -> list[tuple[Any, list[tuple[str, str]]]]:
     """Scenes with their turns, within the token budget of a row. Clips grow from one in ten to two in five over the
-    first third; multiple choice, which takes many tokens for one letter, from one in three questions to all."""
+    first third; multiple choice, which takes many tokens for one answer, from one in three questions to all."""
     from leaml_plugin.worlds.general import (
         CAPTION_PROMPTS,
         PLACES_PROMPTS,
+        READABLE,
         WRITE_PROMPTS,
         compose,
         dictation,
-        look_up,
         phrased,
         places,
+        reading,
         written,
     )
     from leaml_plugin.worlds.rng import Rng
 
-    out = []
+    out: list[tuple[Any, list[tuple[str, str]]]] = []
     clips = 10 + min(30, 90 * step // max(recipe.joint_steps, 1))
+    other: Any = None  # the last still picture: its caption is read beside the next one
     for i in range(recipe.batch):
         rng = Rng("pretrain-joint", recipe.seed, step, i)
         scene = compose(rng, i, 0, clip=rng.chance(clips), questions=recipe.questions + 2)
@@ -207,18 +159,21 @@ def joint_scenes(recipe: Recipe, step: int, encoder: Any) -> list[tuple[Any, lis
         spare = [qa for qa in scene.qas[recipe.questions :] if qa.template not in ("repeat", "naming")]
         if spare and rng.chance(25):
             turns.append((rng.choice(WRITE_PROMPTS), written(rng.choice(spare))))
-        turns += [look_up(rng) for _ in range(rng.between(1, 3))]
+        if other is not None and rng.chance(50):
+            told = [qa for qa in other.qas if qa.template in READABLE]
+            turns += [reading(rng, other.true_caption, qa) for qa in rng.shuffled(told)[: rng.between(1, 2)]]
         if rng.chance(15):
             turns.append(dictation(rng))
-        turns += [(phrased(rng, qa), qa.answer) for qa in asked]
+        turns += [(phrased(rng, qa), qa.reply) for qa in asked]
         room, kept = recipe.budget, []
         for prompt, target in turns:
             tokens = len(encoder(prompt)) + len(encoder(target)) + 3
             if tokens <= room:
                 kept.append((prompt, target))
                 room -= tokens
-        turns = kept
-        out.append((scene, turns))
+        out.append((scene, kept))
+        if len(scene.frames) == 1:
+            other = scene
     return out
 
 
@@ -334,14 +289,12 @@ def train(
     log = (work / "log.jsonl").open("a")
     mark = time.monotonic()
     smooth: dict[str, float] = {}
-    states: dict[int, Any] = {}  # what the first language layers put out, for the probes
+    states: list[Any] = []  # what the first language layer put out, for the probe
 
-    def keep(depth: int) -> Any:
-        return lambda _module, _inputs, out: states.update({depth: out[0] if isinstance(out, tuple) else out})
+    def keep(_module: Any, _inputs: Any, out: Any) -> None:
+        states[:] = [out[0] if isinstance(out, tuple) else out]
 
-    depth = len(run.model.model.language_model.layers)
-    for i in range(min(3, depth)):
-        run.model.model.language_model.layers[i].register_forward_hook(keep(i))
+    run.model.model.language_model.layers[0].register_forward_hook(keep)
 
     def note(**values: float) -> None:
         for k, v in values.items():
@@ -369,15 +322,13 @@ def train(
             answer = question_loss(scores, batch)
             image_states = states[0].float()[batch.ids == IMAGE].view(len(features), 9, -1)
             place, placed = run.heads.place_loss(image_states)
-            second, third = (states[min(i, depth - 1)].float() for i in (1, 2))
-            option, chosen = run.heads.option_loss(second, third, option_tokens(batch.ids, run.encoder))
             cell, accuracy = run.heads.loss(features.float(), cells, ground)
             weight = recipe.cell_weight * max(0.2, 1 - at / recipe.joint_steps)
             rate = learning_rate(recipe, at, recipe.joint_steps)
-            loss = answer + weight * cell + recipe.place_weight * place + recipe.option_weight * option
+            loss = answer + weight * cell + recipe.place_weight * place
             run.update(loss, rate, rate * recipe.vision_lr)
             note(
-                answer=answer.item(), placed=placed, chosen=chosen, cells=cell.item(),
+                answer=answer.item(), placed=placed, cells=cell.item(),
                 **dict(zip(("shape", "color", "size", "texture"), accuracy)),
             )  # fmt: skip
         run.step += 1
@@ -485,7 +436,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="state and log (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: WORK/checkpoint)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; the last bits depend on it (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; the last bits depend on it (default: 1)")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: 100")
     parser.add_argument("--until", type=int, metavar="STEP", help="stop early, to go on later")
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the state as it is")

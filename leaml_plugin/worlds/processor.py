@@ -50,7 +50,7 @@ def corpus() -> list[str]:
         scene = general.scene(index, seed=77)
         lines.append(scene.caption)
         for qa in scene.qas:
-            lines += [qa.prompt, qa.answer, general.written(qa)]
+            lines += [qa.prompt, qa.reply, general.written(qa)]
     lines += [*general.CAPTION_PROMPTS * 40, *general.WRITE_PROMPTS * 40, *[general.SHORT_REQUEST] * 200]
     rng = Rng("tokenizer")
     for _ in range(30):

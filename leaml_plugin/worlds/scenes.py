@@ -61,7 +61,9 @@ class Thing:
 class WorldQA:
     """A question about a scene. ``kind`` is ``yesno``, ``count``, ``word``, ``set`` (joined by ``'; '``) or ``choice``.
 
-    For ``choice`` the ``question`` is bare, ``options`` maps letters to texts and ``answer`` is a letter.
+    For ``choice`` the ``question`` is bare, ``options`` maps letters to texts and ``answer`` is a letter; a model is to
+    reply with the text of that option: in a model this small, finding the letter of a text is learnt far later than
+    finding the text.
     ``level`` is the difficulty level of SPORTU (Easy, Medium, Hard) where the world has one.
     """
 
@@ -74,11 +76,12 @@ class WorldQA:
 
     @property
     def prompt(self) -> str:
-        """What a model is asked."""
-        return mc_prompt(self.question, self.options) if self.options else self.question
+        """What a model is asked: the question, with its options below it."""
+        return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in self.options.items())])
 
     @property
-    def answer_text(self) -> str:
+    def reply(self) -> str:
+        """What a model is to reply: the answer, for ``choice`` the text of the right option."""
         return self.options.get(self.answer, self.answer)
 
 
@@ -104,12 +107,6 @@ class Scene:
         from PIL import Image
 
         return [Image.fromarray(frame) for frame in self.frames]
-
-
-def mc_prompt(question: str, options: dict[str, str]) -> str:
-    """The multiple-choice form of a question, in the words lmms-eval's tasks use."""
-    lines = [question, *(f"{letter}. {text}" for letter, text in options.items()), LETTER_REQUEST]
-    return "\n".join(lines)
 
 
 def render(world: str, index: int, seed: int = 0) -> Scene:

@@ -61,16 +61,17 @@ def test_pseudo_choices_are_held_against_the_true_text(study):
     qa = next(
         q for q in world.labels(1.0, 0).qas if len(q.meta["options"]) == 4 and "None" not in str(q.meta["options"])
     )
-    truth = qa.meta["options"][qa.answer]
+    truth = qa.answer
+    assert truth == qa.meta["options"][qa.meta["letter"]]
     name, bare = qa.id.split("#")[0], qa.meta["question"]
 
     def hit(options, answer):
         return world.pseudo_accuracy([PseudoQA(name, (), 0, "", f"{bare} {options}", answer)])["accuracy"]
 
-    assert hit(f"A. cricket B. {truth}", "B") == 1.0
-    assert hit(f"A. cricket B. {truth}", "A") == 0.0
-    assert hit("A. cricket B. None of the above", "B") == 1.0
-    assert hit(f"A. {truth} B. None of the above", "B") == 0.0
+    assert hit(f"A. cricket B. {truth}", truth) == 1.0
+    assert hit(f"A. cricket B. {truth}", "cricket") == 0.0
+    assert hit("A. cricket B. None of the above", "None of the above") == 1.0
+    assert hit(f"A. {truth} B. None of the above", "None of the above") == 0.0
     assert hit(f"A. {truth} B. None of the above", "Z") == 0.0
 
 

@@ -28,7 +28,7 @@ def test_plain(tmp_path):
         files = row.get("images") or [row["image"]]
         assert all((done.directory / f).is_file() for f in files)
         assert row["question"] and row["answer"] and row["id"].startswith("general-4-")
-        assert not row.get("options") or row["answer"] in row["options"]
+        assert not row.get("options") or row["answer"] in row["options"].values()
     first = render("general", 2, 4)
     path = (captions[0].get("images") or [captions[0]["image"]])[0]
     assert np.array_equal(pixels(done.directory / path), first.frames[0])

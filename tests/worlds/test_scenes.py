@@ -39,9 +39,9 @@ def digest(world: str) -> str:
 # These values must hold on every machine and with every version of numpy and Pillow. Change them only together with
 # a world, and then pre-train anew: exports in users' caches and the shipped checkpoint go with them.
 PINNED = {
-    "general": "e8e71688e2fdc62b",
+    "general": "4238829c4fc35f95",
     "endoscopy": "1eb0f87b7bb38fca",
-    "sports": "78e35d437c130c2f",
+    "sports": "bd6d68daa96855a5",
     "garden": "6a864a22d9e48dc7",
 }
 RANDOM_DRAWS = [346, 837, 545, 998, 941]
@@ -141,7 +141,7 @@ def test_sports_has_levels_and_none_of_the_above(scenes):
     assert {len(q.options) for q in qas} == {2, 4}
     assert 0.08 < none_share(scenes["sports"]) < 0.3
     offered = sum(NONE_OF_THE_ABOVE in q.options.values() for q in qas)
-    right = sum(q.answer_text == NONE_OF_THE_ABOVE for q in qas)
+    right = sum(q.reply == NONE_OF_THE_ABOVE for q in qas)
     assert 0 < right < offered
     letters = Counter(q.answer for q in qas if len(q.options) == 4)
     assert max(letters.values()) / sum(letters.values()) < 0.35
