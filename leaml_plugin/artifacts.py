@@ -113,21 +113,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def write_records(path: Path, items: Iterable[Any]) -> None:
-    """Write records as JSONL, one a line, atomically."""
-    lines = [json.dumps(records.to_json(item), ensure_ascii=False, sort_keys=True) for item in items]
-    write_text(path, "".join(line + "\n" for line in lines))
+    """Write records as JSONL, one a line, atomically; no more than one of them is in memory."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(map(records.to_line, items))
 
 
 def read_records(path: Path, kind: type[records.R]) -> Iterator[records.R]:
     """Read JSONL records of one kind, a line at a time."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
-            try:
-                yield records.from_json(kind, json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
-                raise LeamlError(
-                    f"{path} line {number} is damaged ({error}): delete the file and run again."
-                ) from error
+            yield records.from_line(kind, line, f"{path} line {number}")
 
 
 class StageDirectory:

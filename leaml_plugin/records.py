@@ -8,11 +8,17 @@ Does not cover: reading files (``leaml_plugin.data``) or where stages keep them 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from leaml_plugin.errors import LeamlError
+
 R = TypeVar("R")
+
+UNREADABLE = "unreadable"
+"""The reason of a pseudo-QA pair, and the name of its check, whose picture could not be opened."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class PseudoQA:
     ``sample`` counts the draws of one picture from 0; ``logprob`` is the mean log-probability (nats per token)
     of the written text under the generator; ``text`` is what it wrote, verbatim. ``checks`` holds second answers to
     the question (stage ``verify``). ``reason`` is empty where the filter kept the pair and otherwise names the filter
-    that dropped it.
+    that dropped it; :data:`UNREADABLE` is set by the stage that could not open the picture, which tells why in
+    ``checks``.
     """
 
     picture_id: str
@@ -78,6 +85,15 @@ class PseudoQA:
     def as_qa(self) -> QA:
         """The pair as a training record of the second stage."""
         return QA(self.id, self.images, self.question, self.answer, source=f"pseudo-QA {self.id}")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An unlabelled picture that a run leaves out, and why (one sentence)."""
+
+    picture_id: str
+    images: tuple[ImageRef, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -111,3 +127,16 @@ def from_json(kind: type[R], data: Mapping[str, Any]) -> R:
     if "images" in data:
         data["images"] = tuple(ImageRef(uri) for uri in data["images"])
     return kind(**data)
+
+
+def to_line(record: Any) -> str:
+    """A record as one line of JSONL, line end included; equal records give equal lines."""
+    return json.dumps(to_json(record), ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def from_line(kind: type[R], line: str | bytes, where: str) -> R:
+    """The inverse of :func:`to_line`; ``where`` names the line in the :class:`LeamlError` of a damaged one."""
+    try:
+        return from_json(kind, json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise LeamlError(f"{where} is damaged ({error}): delete the file and run again.") from error

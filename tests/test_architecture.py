@@ -18,6 +18,7 @@ LAYERS = {
     "leaml_plugin.records": 0,
     "leaml_plugin.progress": 0,
     "leaml_plugin.config": 0,
+    "leaml_plugin.sequences": 0,
     "leaml_plugin.ops": 1,
     "leaml_plugin.data": 1,
     "leaml_plugin.artifacts": 1,

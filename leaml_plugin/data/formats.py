@@ -6,6 +6,9 @@ directory, a JSONL, a Hugging Face dataset, each with or without a file of capti
 record.
 Does not cover: decoding pictures (``leaml_plugin.data.images``) and videos (give the frames: a list, or a directory).
 
+Unlabelled pictures are read as a stream and kept in a temporary file (:mod:`leaml_plugin.sequences`), so that their
+number does not matter to the memory; a ``.json`` file alone is parsed whole. Labels are few and become a list.
+
 A relative path in a data file is looked for under ``image_root`` where given, then beside the file. What it leads to,
 after all links, must lie under one of the two. Every mistake is a :class:`LeamlError` that names file, line and field.
 """
@@ -13,12 +16,15 @@ after all links, must lie under one of the two. Every mistake is a :class:`Leaml
 from __future__ import annotations
 
 import csv
-import io
+import heapq
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +35,7 @@ from leaml_plugin.data.images import SUFFIXES, hf_uri
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.progress import track
 from leaml_plugin.records import QA, ImageRef, Picture
+from leaml_plugin.sequences import Spool, text_key
 
 # Names under which real data sets keep these; the first is ours.
 _IMAGE = ("image", "images", "frames", "video", "file_name", "image_path", "img", "picture")
@@ -41,6 +48,8 @@ _OPTIONS = ("options", "choices")
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt", "model", "bot")
 
 _SUFFIXES_OF_RECORDS = (".jsonl", ".ndjson", ".json", ".csv")
+_KNOWN_PATHS = 4096  # that are remembered, so that several questions about one picture look it up once
+_SORTED_NAMES = 20_000  # names of one folder that are sorted in memory
 
 
 def load_labeled(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None = None) -> list[QA]:
@@ -68,7 +77,7 @@ def load_labeled(path: str | os.PathLike[str], image_root: str | os.PathLike[str
     return out
 
 
-def load_unlabeled(path: str | os.PathLike[str], captions: str | os.PathLike[str] | None = None) -> list[Picture]:
+def load_unlabeled(path: str | os.PathLike[str], captions: str | os.PathLike[str] | None = None) -> Sequence[Picture]:
     """Read unlabelled pictures, with the teacher's captions where there are any.
 
     Args:
@@ -78,8 +87,8 @@ def load_unlabeled(path: str | os.PathLike[str], captions: str | os.PathLike[str
             a path, relative to the pictures' directory or to this file, or the id of a picture.
 
     Returns:
-        Pictures in the order of their paths (directory) or of the file. The id is the relative path, or what the file
-        says.
+        Pictures in the order of their paths (directory) or of the file, in a temporary file that lasts as long as the
+        sequence. The id is the relative path, or what the file says.
 
     Raises:
         LeamlError: one sentence with file, line, field and what to do.
@@ -89,16 +98,7 @@ def load_unlabeled(path: str | os.PathLike[str], captions: str | os.PathLike[str
     if root.is_dir() and not hub.is_dataset_directory(root):
         pictures = _directory(root)
     else:
-        records = track(_records(name, split, None, "pictures"), f"reading {name}", unit="record")
-        found = [_unlabeled(record) for record in records]
-        if not found:
-            raise LeamlError(f"{name}: has no pictures; add at least one record with an image.")
-        unique: dict[str, Picture] = {}
-        for picture, source, shared in found:
-            if picture.id in unique and not shared:
-                raise LeamlError(f"{source}: the id {picture.id!r} occurs twice; give every record its own.")
-            unique.setdefault(picture.id, picture)
-        pictures = list(unique.values())
+        pictures = _listed(name, lambda: _records(name, split, None, "pictures", share=False))
     if captions is not None:
         pictures = _with_captions(pictures, Path(captions), root if root.is_dir() else root.parent)
     return pictures
@@ -131,7 +131,7 @@ class _Paths:
     """Where picture paths of one file may lead."""
 
     roots: tuple[Path, ...]  # in the order in which they are searched
-    _known: dict[str, Path] = field(default_factory=dict)  # several questions about one picture look it up once
+    _known: dict[str, Path] = field(default_factory=dict)
     _folders: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -154,6 +154,7 @@ class _Paths:
                 f"{source}: field {field!r} is a path ({_short(value)}); give the image root it lies under."
             )
         if value not in self._known:
+            _make_room(self._known)
             self._known[value] = self._find(value, source, field)
         return self._known[value]
 
@@ -181,8 +182,14 @@ class _Paths:
             return os.path.realpath(path)
         folder, name = os.path.split(path)
         if folder not in self._folders:
+            _make_room(self._folders)
             self._folders[folder] = os.path.realpath(folder)
         return os.path.join(self._folders[folder], name)
+
+
+def _make_room(cache: dict[str, Any]) -> None:
+    if len(cache) >= _KNOWN_PATHS:
+        cache.clear()
 
 
 def _split_of(path: str | os.PathLike[str]) -> tuple[str, str | None]:
@@ -193,7 +200,8 @@ def _split_of(path: str | os.PathLike[str]) -> tuple[str, str | None]:
     return text, None
 
 
-def _records(name: str, split: str | None, image_root: Any, what: str) -> Iterator[_Record]:
+def _records(name: str, split: str | None, image_root: Any, what: str, share: bool = True) -> Iterator[_Record]:
+    """The records of any source; ``share`` gives rows of a dataset about one picture the same references."""
     path = Path(name)
     roots = () if image_root is None else (Path(os.path.abspath(image_root)),)
     if roots and not roots[0].is_dir():
@@ -213,7 +221,7 @@ def _records(name: str, split: str | None, image_root: Any, what: str) -> Iterat
             raise LeamlError(f"{name}: is a directory, but no Hugging Face dataset; {hint}.")
         yield from _file_records(listed[0], _Paths((*roots, Path(os.path.abspath(path)))))
     elif path.is_dir() or _may_be_hub_id(name):
-        yield from _dataset_records(name, split, roots)
+        yield from _dataset_records(name, split, roots, share)
     else:
         raise LeamlError(f"{name}: no such file; give the file with {what}.")
 
@@ -241,11 +249,15 @@ def _file_records(path: Path, paths: _Paths) -> Iterator[_Record]:
         yield _Record(row, where, f"{path.stem}:{number}", paths)
 
 
+def _cannot_read(path: Path, error: OSError) -> LeamlError:
+    return LeamlError(f"{path}: cannot be read ({error.strerror}).")
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise LeamlError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise _cannot_read(path, error) from error
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -270,11 +282,15 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
-        where = f"{path} line {number}"
-        text = _decode(line, where).strip()
-        if text:
-            yield number, where, _parse(text, where)
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path} line {number}"
+                text = _decode(line, where).strip()
+                if text:
+                    yield number, where, _parse(text, where)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -291,18 +307,27 @@ def _json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    reader = csv.DictReader(io.StringIO(_decode(_read(path), str(path)), newline=""), strict=True)
+    number = 0
     try:
-        for row in reader:
-            where = f"{path} line {reader.line_num}"
-            if None in row or None in row.values():
-                raise LeamlError(f"{where}: has not as many cells as the header has columns; quote cells with commas.")
-            yield reader.line_num, where, row
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                number = reader.line_num
+                where = f"{path} line {number}"
+                if None in row or None in row.values():
+                    raise LeamlError(
+                        f"{where}: has not as many cells as the header has columns; quote cells with commas."
+                    )
+                yield number, where, row
     except csv.Error as error:
         raise LeamlError(f"{path} line {reader.line_num}: is no valid CSV ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise LeamlError(f"{path}: is no UTF-8 after line {number}; save the file as UTF-8.") from error
+    except OSError as error:
+        raise _cannot_read(path, error) from error
 
 
-def _dataset_records(name: str, split: str | None, roots: tuple[Path, ...]) -> Iterator[_Record]:
+def _dataset_records(name: str, split: str | None, roots: tuple[Path, ...], share: bool) -> Iterator[_Record]:
     local = os.path.isdir(name)
     name = os.path.abspath(name) if local else name
     split, dataset = hub.open_split(name, split)
@@ -312,7 +337,7 @@ def _dataset_records(name: str, split: str | None, roots: tuple[Path, ...]) -> I
     text = dataset.select_columns([c for c in dataset.column_names if c not in columns])
     paths = _Paths((*roots, Path(name)) if local else roots)
     # a published dataset cannot be corrected: an id column that names no row is not used as one
-    id_names = tuple(c for c in _ID if c in text.column_names and len(set(text[c])) == len(text))
+    id_names = tuple(c for c in _ID if c in text.column_names and not any(_repeats(array("q", map(_key, text[c])))))
     by_picture: dict[Any, tuple[ImageRef, ...]] = {}
     rows = text if text.column_names else ({} for _ in range(len(dataset)))
     for number, row in enumerate(rows):
@@ -322,7 +347,7 @@ def _dataset_records(name: str, split: str | None, roots: tuple[Path, ...]) -> I
             for j in range(counts[c][number])
         )
         # rows about one picture hold a copy each; one reference means one decoding and one split
-        key = next((row[k] for k in _PICTURE_ID if isinstance(row.get(k), str | int)), None)
+        key = next((row[k] for k in _PICTURE_ID if isinstance(row.get(k), str | int)), None) if share else None
         if key is not None:
             refs = by_picture.setdefault(key, refs)
         where, default_id = f"{name} split {split} row {number}", f"{split}:{number}"
@@ -549,32 +574,134 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _directory(root: Path) -> list[Picture]:
+def _key(value: Any) -> int:
+    return text_key(value if isinstance(value, str) else repr(value))
+
+
+def _repeats(keys: array) -> bytearray:
+    """1 where an earlier item has the same key."""
+    import numpy as np
+
+    values = np.asarray(keys, np.int64)
+    order = np.argsort(values, kind="stable")
+    repeats = np.zeros(len(values), np.uint8)
+    repeats[order[1:]] = values[order[1:]] == values[order[:-1]]
+    return bytearray(repeats.tobytes())
+
+
+class _Index:
+    """Which of many items has a text: eight-byte hashes are kept and the texts are looked up."""
+
+    def __init__(self, keys: array, text_of: Callable[[int], str]):
+        import numpy as np
+
+        self._order = np.argsort(np.asarray(keys, np.int64), kind="stable")
+        self._keys, self._text_of = np.asarray(keys, np.int64)[self._order], text_of
+
+    def find(self, text: str) -> int | None:
+        """The first item with this text."""
+        key = text_key(text)
+        at = int(self._keys.searchsorted(key))
+        while at < len(self._keys) and self._keys[at] == key:
+            if self._text_of(int(self._order[at])) == text:
+                return int(self._order[at])
+            at += 1
+        return None
+
+
+def _directory(root: Path) -> Sequence[Picture]:
     """Every picture under ``root``, hidden files and folders aside; links to folders are not followed."""
-    found, other = [], {}
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        for name in files:
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in SUFFIXES:
-                if _has_surrogate(path := os.path.join(folder, name)):
-                    shown = os.fsencode(path).decode("utf-8", "replace")
-                    raise LeamlError(f"{shown}: the name is no UTF-8; rename the file or its folder.")
-                found.append(Path(folder, name))
-            elif suffix:
-                other[suffix] = other.get(suffix, 0) + 1
-    if not found:
+    other: dict[str, int] = {}
+    spool = Spool(Picture)
+    base = os.path.abspath(root)
+    for name in track(_walk(os.fsencode(base), b"", other), f"reading {root}", unit="picture"):
+        spool.append(Picture(name, (ImageRef(os.path.join(base, name)),)))
+    if not len(spool):
         most = max(other, key=lambda s: other[s]) if other else None
         hint = f" (it has {other[most]} {most} files)" if most else ""
         raise LeamlError(f"{root}: has no pictures{hint}; give a directory with {', '.join(SUFFIXES)} files.")
-    pictures = [Picture(p.relative_to(root).as_posix(), (ImageRef(os.path.abspath(p)),)) for p in found]
-    return sorted(pictures, key=lambda p: p.id)
+    return spool.finish()
 
 
-def _unlabeled(record: _Record) -> tuple[Picture, str, bool]:
-    """The picture, where it stands, and whether other records may hold the same one."""
+def _walk(root: bytes, folder: bytes, other: dict[str, int]) -> Iterator[str]:
+    """Names of pictures below ``root``, relative to it, sorted; ``other`` counts the suffixes of what is none."""
+
+    def entries() -> Iterator[bytes]:
+        try:
+            with os.scandir(os.path.join(root, folder)) as found:
+                for entry in found:
+                    if entry.is_dir():
+                        if not entry.is_symlink() and not entry.name.startswith((b".", b"__MACOSX")):
+                            yield entry.name + b"/"
+                    elif not entry.name.startswith(b"."):
+                        suffix = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
+                        if suffix in SUFFIXES:
+                            yield entry.name
+                        elif suffix:
+                            other[suffix] = other.get(suffix, 0) + 1
+        except PermissionError:
+            pass  # as os.walk does
+
+    # with its slash a folder sorts among the files as all the paths in it do
+    for name in _sorted(entries()):
+        if name.endswith(b"/"):
+            yield from _walk(root, folder + name, other)
+            continue
+        try:
+            yield (folder + name).decode()
+        except UnicodeDecodeError as error:
+            shown = os.path.join(root, folder, name).decode("utf-8", "replace")
+            raise LeamlError(f"{shown}: the name is no UTF-8; rename the file or its folder.") from error
+
+
+def _sorted(names: Iterator[bytes]) -> Iterable[bytes]:
+    """File names in order; more than a few thousand are sorted in parts that go to a temporary file."""
+    parts = []
+    while part := sorted(itertools.islice(names, _SORTED_NAMES)):
+        if not parts and len(part) < _SORTED_NAMES:
+            return part
+        file = tempfile.TemporaryFile(prefix="leaml-")
+        file.writelines(
+            name.replace(b"\n", b"\0") + b"\n" for name in part
+        )  # a name has no NUL, but may have a line end
+        file.seek(0)
+        parts.append(file)
+    return heapq.merge(*map(_names_in, parts))
+
+
+def _names_in(file: Any) -> Iterator[bytes]:
+    with file:
+        for line in file:
+            yield line[:-1].replace(b"\0", b"\n")
+
+
+def _listed(name: str, records: Callable[[], Iterator[_Record]]) -> Sequence[Picture]:
+    """The pictures of a file or dataset, each once."""
+    spool, keys, shared = Spool(Picture), array("q"), bytearray()
+    for record in track(records(), f"reading {name}", unit="record"):
+        picture, may_repeat = _unlabeled(record)
+        spool.append(picture)
+        keys.append(text_key(picture.id))
+        shared.append(may_repeat)
+    if not keys:
+        raise LeamlError(f"{name}: has no pictures; add at least one record with an image.")
+    pictures = spool.finish()
+    repeats = _repeats(keys)
+    if not any(repeats):
+        return pictures
+    first = _Index(keys, lambda n: pictures[n].id)
+    for n in (n for n, again in enumerate(repeats) if again):
+        picture = pictures[n]
+        if first.find(picture.id) == n:
+            repeats[n] = 0  # only the hashes are equal
+        elif not shared[n]:
+            source = next(itertools.islice(records(), n, None)).source
+            raise LeamlError(f"{source}: the id {picture.id!r} occurs twice; give every record its own.")
+    return pictures.without(repeats)
+
+
+def _unlabeled(record: _Record) -> tuple[Picture, bool]:
+    """The picture, and whether other records may hold the same one."""
     images = _images(record, required=True)
     if not images:
         raise record.error("has no picture; give the path of one or remove the record.")
@@ -583,22 +710,32 @@ def _unlabeled(record: _Record) -> tuple[Picture, str, bool]:
     caption = None if value is None else _text(record, str(field), value, "the caption")
     key = next((record.row[k] for k in _PICTURE_ID if isinstance(record.row.get(k), str | int)), None)
     if key is not None and record.first(record.id_names) is None:
-        return Picture(str(key), images, caption), record.source, True
-    return Picture(_record_id(record), images, caption), record.source, False
+        return Picture(str(key), images, caption), True
+    return Picture(_record_id(record), images, caption), False
 
 
-def _with_captions(pictures: list[Picture], path: Path, root: Path) -> list[Picture]:
+@dataclass(frozen=True)
+class _Caption:
+    name: str
+    text: str
+    source: str
+
+
+def _with_captions(pictures: Sequence[Picture], path: Path, root: Path) -> Sequence[Picture]:
     """``pictures`` with the captions of a file."""
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "no such file"
         raise LeamlError(f"{path}: {what}; give the file with the captions.")
     base, root = Path(os.path.abspath(path)).parent, Path(os.path.abspath(root))
-    by_place: dict[str, int] = {}
-    for n, picture in enumerate(pictures):
-        by_place.setdefault(picture.images[0].uri, n)
-    by_id = {picture.id: n for n, picture in enumerate(pictures)}
-    captions: dict[int, tuple[str, str]] = {}
-    for record in _caption_records(path, base):
+    places_seen, ids_seen = array("q"), array("q")
+    for picture in pictures:
+        places_seen.append(text_key(picture.images[0].uri))
+        ids_seen.append(text_key(picture.id))
+    by_place = _Index(places_seen, lambda n: pictures[n].images[0].uri)
+    by_id = _Index(ids_seen, lambda n: pictures[n].id)
+    spool, of_caption = Spool(_Caption), array("q")  # captions as they come, and the picture of each
+    caption_of = array("q", [-1]) * len(pictures)
+    for record in track(_caption_records(path, base), f"reading {path}", unit="caption"):
         field, key = _field(record, ("image", "id", *_PICTURE_ID, *_IMAGE[1:]), "the picture's path or id")
         if isinstance(key, list) and len(key) == 1:
             key = key[0]
@@ -606,20 +743,30 @@ def _with_captions(pictures: list[Picture], path: Path, root: Path) -> list[Pict
         c_field, value = _field(record, _CAPTION, "the caption")
         caption = _text(record, c_field, value, "the caption")
         places = [os.path.abspath(p / name) for p in (root, base)]
-        n = next((by_place[p] for p in places if p in by_place), by_id.get(name))
+        found = (*map(by_place.find, places), by_id.find(name))
+        n = next((n for n in found if n is not None), None)
         if n is None:
             # captions may cover more than the pictures chosen now, but not pictures that exist nowhere
             if any(os.path.isfile(p) for p in places):
                 continue
             raise record.error(f"field {field!r}: {_short(name)} is none of the {len(pictures)} pictures; correct it.")
-        if n in captions and captions[n][0] != caption:
-            raise record.error(f"another caption for {_short(name)} stands at {captions[n][1]}; keep one.")
-        captions[n] = (caption, record.source)
-    if not captions:
+        if caption_of[n] < 0:
+            caption_of[n] = len(spool)
+        of_caption.append(n)
+        spool.append(_Caption(name, caption, record.source))
+    if not of_caption:
         raise LeamlError(f"{path}: has no caption for any of the {len(pictures)} pictures; check its paths.")
-    return [
-        replace(picture, caption=captions[n][0]) if n in captions else picture for n, picture in enumerate(pictures)
-    ]
+    captions = spool.finish()
+    for number, n in enumerate(of_caption):
+        if caption_of[n] != number and captions[caption_of[n]].text != captions[number].text:
+            first, second = captions[caption_of[n]], captions[number]
+            raise LeamlError(
+                f"{second.source}: another caption for {_short(second.name)} stands at {first.source}; keep one."
+            )
+    out = Spool(Picture)
+    for picture, number in zip(pictures, caption_of):
+        out.append(picture if number < 0 else replace(picture, caption=captions[number].text))
+    return out.finish()
 
 
 def _caption_records(path: Path, base: Path) -> Iterator[_Record]:

@@ -1,0 +1,143 @@
+"""Sequences of records that live in files: a million pictures take no more memory than a thousand.
+
+Covers: random access by number to the lines of a JSONL file, writing one as a temporary file, and lazy views (a
+function of every item, a choice of the items). What is kept in memory is numbers, eight bytes a record.
+Does not cover: where a run keeps its files (``leaml_plugin.artifacts``), or what the records mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar, overload
+
+from leaml_plugin import records
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class Lazy(Sequence[T]):
+    """A sequence whose items are made when asked for; a slice is a list."""
+
+    def _item(self, index: int) -> T:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._item(index % len(self))
+
+
+class _File:
+    """A file to read from, closed with the last view of it."""
+
+    def __init__(self, fd: int, name: str):
+        self.fd, self.name = fd, name
+
+    def __del__(self):
+        os.close(self.fd)
+
+
+class RecordFile(Lazy[T]):
+    """The records of a JSONL file by their number. May be read from several threads at once.
+
+    Raises:
+        LeamlError: a line that is no record of ``kind``, when it is read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: type[T]):
+        offsets, end = array("q", [0]), 0
+        with open(path, "rb") as file:
+            for line in file:
+                end += len(line)
+                offsets.append(end)
+            self._set(_File(os.dup(file.fileno()), os.fspath(path)), kind, offsets, range(len(offsets) - 1))
+
+    def _set(self, file: _File, kind: type[T], offsets: array, rows: Sequence[int]) -> RecordFile[T]:
+        self._file, self.kind, self._offsets, self._rows = file, kind, offsets, rows
+        return self
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _item(self, index: int) -> T:
+        row = self._rows[index]
+        start, end = self._offsets[row], self._offsets[row + 1]
+        line = os.pread(self._file.fd, end - start, start)
+        return records.from_line(self.kind, line, f"{self._file.name} line {row + 1}")
+
+    def without(self, dropped: Sequence[int]) -> RecordFile[T]:
+        """The records for which ``dropped`` (one entry a record) is 0; the file is shared."""
+        rows = array("q", (row for row, gone in zip(self._rows, dropped, strict=True) if not gone))
+        return RecordFile.__new__(RecordFile)._set(self._file, self.kind, self._offsets, rows)
+
+
+class Spool(Generic[T]):
+    """Records written to a temporary file (in ``TMPDIR``), to be read back by number.
+
+    ``spool = Spool(Picture); spool.append(picture); pictures = spool.finish()``
+    """
+
+    def __init__(self, kind: type[T]):
+        self.kind = kind
+        self._file = tempfile.TemporaryFile(prefix="leaml-")
+        self._offsets = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def append(self, record: T) -> None:
+        line = records.to_line(record).encode()
+        self._file.write(line)
+        self._offsets.append(self._offsets[-1] + len(line))
+
+    def finish(self) -> RecordFile[T]:
+        """The records, in the order of :meth:`append`; nothing can be added any more."""
+        self._file.flush()
+        file = _File(os.dup(self._file.fileno()), "the temporary copy of the input")
+        self._file.close()
+        return RecordFile.__new__(RecordFile)._set(file, self.kind, self._offsets, range(len(self)))
+
+
+class Mapped(Lazy[T]):
+    """``function`` of every item, computed when asked for."""
+
+    def __init__(self, items: Sequence[S], function: Callable[[S], T]):
+        self._items, self._function = items, function
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _item(self, index: int) -> T:
+        return self._function(self._items[index])
+
+
+class Chosen(Lazy[T]):
+    """The items at ``indices``, in that order."""
+
+    def __init__(self, items: Sequence[T], indices: Iterable[int]):
+        self._items, self._indices = items, array("q", indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _item(self, index: int) -> T:
+        return self._items[self._indices[index]]
+
+
+def text_key(text: str) -> int:
+    """A signed 64-bit hash of a text: what an index of many texts keeps instead of them."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
