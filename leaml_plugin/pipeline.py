@@ -88,7 +88,7 @@ class AdaptConfig:
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
 
     def __post_init__(self):
-        for name in ("round_trip", "blind"):
+        for name in ("round_trip", "blind", "caption"):
             if getattr(self.filter, name) and not getattr(self.verify, name):
                 raise LeamlError(f"filter.{name} needs the second answers of verify.{name}; set that to true as well.")
         if self.verify.round_trip and self.generator.qa_task != "both":
@@ -230,7 +230,14 @@ class Adaptation:
         )
 
     def verify(self, generator: dict[str, Path], shards: Sequence[Path]) -> list[Path]:
-        return verify.run(self.config.verify, self._stage("verify"), shards=shards, **self._tools(generator))
+        size = self.config.generate.shard_size
+
+        def captions(shard: int) -> dict[str, str]:
+            return {p.id: p.caption for p in self.inputs.pictures[shard * size : (shard + 1) * size] if p.caption}
+
+        return verify.run(
+            self.config.verify, self._stage("verify"), shards=shards, captions=captions, **self._tools(generator)
+        )
 
     def filter(self, shards: Sequence[Path]) -> list[QA]:
         kept, counts = filter.run(self.config.filter, self._stage("filter"), shards=shards, labels=self.inputs.labels)

@@ -91,8 +91,8 @@ def test_every_option_at_once(project, tiny_models):
     model = tiny_models("qwen2_5_vl")
     settings = [
         "relevance.granularity=ffn", "relevance.loss=both", "relevance.scope=model", "generator.qa_task=both",
-        "generator.qa_updates=all", "verify.round_trip=true", "verify.blind=true", "filter.round_trip=true",
-        "filter.blind=true", "filter.answer_share=0.5", "filter.min_logprob=-20", "generate.temperature=0.7",
+        "generator.qa_updates=all", "verify.round_trip=true", "verify.blind=true", "verify.caption=true",
+        "filter.round_trip=true", "filter.blind=true", "filter.caption=true", "filter.answer_share=0.5", "filter.min_logprob=-20", "generate.temperature=0.7",
         "finetune.mode=lora", "finetune.train.schedule=linear", "generator.train.micro_batch=1",
         "finetune.train.gradient_checkpointing=true",
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_every_option_at_once(project, tiny_models):
     stages = project / "run" / "stages"
     assert (stages / "train_generator" / "model" / "model.safetensors").exists()
     rows = [json.loads(line) for line in (stages / "verify" / "part-000000.jsonl").open()]
-    assert all(set(row["checks"]) in (set(), {"round_trip", "blind"}) for row in rows)
+    assert all(set(row["checks"]) in (set(), {"round_trip", "blind", "caption"}) for row in rows)
 
 
 def test_clips_are_lists_of_frames(project, tiny_models):

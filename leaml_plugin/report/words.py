@@ -17,6 +17,7 @@ from leaml_plugin.metrics import Estimate, family
 
 #: Why a pair was dropped, as a clause that follows "dropped: ".
 REASONS: Mapping[str, str] = {
+    "unreadable": "the picture could not be opened",
     "malformed": "no question and answer could be read from what the generator wrote",
     "too_long": "the question or the answer is much longer than any label",
     "unanswerable": "the answer says that there is no answer",
@@ -26,6 +27,7 @@ REASONS: Mapping[str, str] = {
     "unknown_question": "no label asks this question",
     "round_trip": "asked the same question again, the generator answers otherwise",
     "blind": "without the picture the generator gives the same answer",
+    "contradicts_caption": "from the teacher's caption alone the generator gives another answer",
     "near_duplicate": "a question of nearly the same words with the same answer was kept for this picture",
     "overrepresented": "the answer has more than its share among the answers to this question",
 }
@@ -41,7 +43,11 @@ FAMILY_NAMES: Mapping[str, str] = {
 }
 
 #: What a second answer of the verify stage answers.
-CHECKS: Mapping[str, str] = {"round_trip": "asked again:", "blind": "without the picture:"}
+CHECKS: Mapping[str, str] = {
+    "round_trip": "asked again:",
+    "blind": "without the picture:",
+    "caption": "from the caption alone:",
+}
 
 _THIN = "\u202f"  # narrow no-break space, between a number and its unit and between thousands
 _PATH = re.compile(r"(?:^(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|file:)|[/\\]\.\.[/\\])")

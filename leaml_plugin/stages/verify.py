@@ -1,8 +1,9 @@
-"""Stage 3b, verification: the QA generator answers its own questions again, with and without the picture.
+"""Stage 3b, verification: the QA generator answers its questions again: with the picture, without, from the caption.
 
-Asked as a plain question it may answer otherwise than it did when it wrote the pair; and a question that it answers
-the same without the picture teaches nothing but the prior. This stage writes down both answers; what is dropped for
-them is the filter's decision. Off by default, since it costs another pass over all pairs.
+Asked as a plain question it may answer otherwise than it did when it wrote the pair; a question that it answers the
+same without the picture teaches nothing but the prior; and told the teacher's caption in place of the picture it says
+what the teacher saw. This stage writes the answers down; what is dropped for them is the filter's decision. Each costs
+another pass over all pairs, over text alone but for the first.
 
 The generator learns plain questions only with ``generator.qa_task = "both"``.
 """
@@ -10,7 +11,7 @@ The generator learns plain questions only with ``generator.qa_task = "both"``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,10 @@ from leaml_plugin.progress import Progress
 from leaml_plugin.records import QA, PseudoQA
 
 if TYPE_CHECKING:
-    from leaml_plugin.data import Collator, Prompts
+    from leaml_plugin.data import Collator, Prompts, Turn
     from leaml_plugin.models import Loaded
 
-ROUND_TRIP, BLIND = "round_trip", "blind"
+ROUND_TRIP, BLIND, CAPTION = "round_trip", "blind", "caption"
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class VerifyConfig:
     Attributes:
         round_trip: the answer to the same question about the same picture, greedily.
         blind: the answer to the same question without the picture.
+        caption: the answer to the same question without the picture, from the teacher's caption as text, where there
+            is one; and that without either (as ``blind``), which tells what the caption itself has changed.
         batch_size: questions answered at once.
         max_new_tokens: of an answer.
     """
 
     round_trip: bool = False
     blind: bool = False
+    caption: bool = False
     batch_size: int = 32
     max_new_tokens: int = 32
 
@@ -48,6 +52,11 @@ class VerifyConfig:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise LeamlError(f"verify: {name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to do."""
+        return self.round_trip or self.blind or self.caption
 
 
 def run(
@@ -58,9 +67,14 @@ def run(
     collator: Callable[[Loaded], Collator],
     prompts: Prompts,
     shards: Sequence[Path],
+    captions: Callable[[int], Mapping[str, str]] = lambda shard: {},
 ) -> list[Path]:
-    """Write each shard again with the second answers in ``checks``; returns the new shards in order."""
-    if not (config.round_trip or config.blind):
+    """Write each shard again with the second answers in ``checks``; returns the new shards in order.
+
+    Args:
+        captions: number of a shard -> the teacher's captions of its pictures, by id.
+    """
+    if not config.asks:
         return list(shards)
     if stage.done:
         return stage.shards()
@@ -71,7 +85,8 @@ def run(
         bar = Progress("verification", len(shards), unit="shard", start=len(shards) - len(missing))
         for i in missing:
             pairs = list(read_records(shards[i], PseudoQA))
-            write_records(stage.shard(i), check(config, loaded, collate, prompts, pairs))
+            told = captions(i) if config.caption else {}
+            write_records(stage.shard(i), check(config, loaded, collate, prompts, pairs, told))
             bar.update()
         bar.close()
     stage.finish()
@@ -79,19 +94,33 @@ def run(
 
 
 def check(
-    config: VerifyConfig, loaded: Loaded, collator: Collator, prompts: Prompts, pairs: Sequence[PseudoQA]
+    config: VerifyConfig,
+    loaded: Loaded,
+    collator: Collator,
+    prompts: Prompts,
+    pairs: Sequence[PseudoQA],
+    captions: Mapping[str, str] | None = None,
 ) -> list[PseudoQA]:
     """The pairs with the second answers; a question that several samples of a picture share is asked once."""
     asked: dict[str, QA] = {}
+    told: dict[str, Turn] = {}
+    captions = captions or {}
     for pair in pairs:
-        if pair.question:
-            asked.setdefault(_key(pair), pair.as_qa())
+        if not pair.question:
+            continue
+        key, qa = _key(pair), pair.as_qa()
+        asked.setdefault(key, qa)
+        if config.caption and captions.get(pair.picture_id):
+            told.setdefault(key, prompts.vqa_of_caption(qa, captions[pair.picture_id]))
     answers: dict[str, dict[str, str]] = {key: {} for key in asked}
     if config.round_trip:
-        _ask(config, loaded, collator, prompts, asked, answers, ROUND_TRIP)
-    if config.blind:
-        without = {key: dataclasses.replace(qa, images=()) for key, qa in asked.items()}
-        _ask(config, loaded, collator, prompts, without, answers, BLIND)
+        turns = {key: prompts.vqa(qa) for key, qa in asked.items()}
+        _ask(config, loaded, collator, turns, answers, ROUND_TRIP)
+    if config.blind or config.caption:
+        turns = {key: prompts.vqa(dataclasses.replace(qa, images=())) for key, qa in asked.items()}
+        _ask(config, loaded, collator, turns, answers, BLIND)
+    if config.caption:
+        _ask(config, loaded, collator, told, answers, CAPTION)
     return [dataclasses.replace(pair, checks=answers.get(_key(pair), {})) for pair in pairs]
 
 
@@ -103,14 +132,13 @@ def _ask(
     config: VerifyConfig,
     loaded: Loaded,
     collator: Collator,
-    prompts: Prompts,
-    questions: dict[str, QA],
+    questions: dict[str, Turn],
     answers: dict[str, dict[str, str]],
     name: str,
 ) -> None:
     from leaml_plugin.inference import generate
 
-    turns = [dataclasses.replace(prompts.vqa(qa), id=key, target=None) for key, qa in questions.items()]
+    turns = [dataclasses.replace(turn, id=key, target=None) for key, turn in questions.items()]
     for out in generate(
         loaded,
         turns,

@@ -371,7 +371,7 @@ def test_a_picture_listed_but_never_written_for_is_shown(tmp_path):
 
 def test_every_reason_of_the_filter_has_words():
     assert set(filter.REASONS) == set(words.REASONS)
-    assert {verify.ROUND_TRIP, verify.BLIND} == set(words.CHECKS)
+    assert {verify.ROUND_TRIP, verify.BLIND, verify.CAPTION} == set(words.CHECKS)
     assert "'brand new'" in words.reason_text("brand_new")
 
 

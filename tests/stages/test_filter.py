@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from leaml_plugin.artifacts import StageDirectory, read_records, write_records
 from leaml_plugin.errors import LeamlError
@@ -86,6 +88,42 @@ def test_second_answers():
         reasons([pair("Is there text?", "no")], blind=True)
 
 
+def test_an_answer_that_the_caption_contradicts():
+    """The caption alone gives another answer, and one that nothing alone does not give."""
+    said = {"agrees": ("no", "yes"), "contradicts": ("yes", "no"), "silent": ("yes", "Yes."), "neither": ("2", "3")}
+    pairs = [
+        dataclasses.replace(pair("Is there text?", "no", name), checks={"caption": told, "blind": nothing})
+        for name, (told, nothing) in said.items()
+    ]
+    without = dataclasses.replace(pair("Is there text?", "no", "no caption"), checks={"blind": "yes"})
+    kept, dropped = filter.apply(FilterConfig(caption=True), [*pairs, without], LABELS)
+    assert [p.picture_id for p in kept] == ["agrees", "silent", "no caption"]
+    assert [p.reason for p in dropped] == ["contradicts_caption"] * 2
+    assert filter.apply(FilterConfig(), pairs, LABELS)[1] == []
+    with pytest.raises(LeamlError, match=r"set verify\.caption=true"):
+        reasons([pair("Is there text?", "no")], caption=True)
+
+
+def test_every_filter_can_be_turned_off():
+    pairs = [pair("Is there text?", a, sample=i) for i, a in enumerate(["no", "no", "yes", "unknown"])]
+    off = {"length_slack": 99.0, "unanswerable": False, "agreement": 0.0, "duplicate": False, "near_duplicate": 2.0}
+    assert reasons(pairs, **off)[1] == []
+    assert reasons(pairs, **off | {"unanswerable": True})[1] == ["unanswerable"]
+    assert reasons(pairs, **off | {"duplicate": True})[1] == ["duplicate"]
+    assert reasons(pairs, **off | {"agreement": 0.1})[1] == ["inconsistent"] * 2
+    # what is a duplicate is no near duplicate of itself
+    assert reasons(pairs, **off | {"near_duplicate": 0.9})[1] == []
+
+
+def test_a_pair_that_comes_with_a_reason_keeps_it_and_votes_for_nothing():
+    pairs = [pair("Is there text?", "no", sample=i) for i in range(3)]
+    pairs[:2] = [dataclasses.replace(p, answer="yes", reason="unreadable") for p in pairs[:2]]
+    kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
+    assert [p.answer for p in kept] == ["no"] and [p.reason for p in dropped] == ["unreadable"] * 2
+    with pytest.raises(LeamlError, match="unknown reason 'odd'"):
+        filter.apply(FilterConfig(), [dataclasses.replace(pairs[0], reason="odd")], LABELS)
+
+
 def test_near_duplicates_have_nearly_the_same_words_and_the_same_answer():
     base, close = "What colour is the polyp in the picture?", "What colour is the polyp in this picture?"
     assert reasons([pair(base, "pink"), pair(close, "pink")], near_duplicate=0.7)[1] == ["near_duplicate"]
@@ -129,3 +167,27 @@ def test_bad_settings():
         FilterConfig(agreement=2)
     with pytest.raises(LeamlError, match="length_slack"):
         FilterConfig(length_slack=0)
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(0, 5)), max_size=30),
+    labels=st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy")), max_size=4),
+    share=st.sampled_from([0.2, 0.5, 0.9]),
+)
+@settings(max_examples=200, deadline=None)
+def test_shares_of_answers_against_counting_by_hand(rows, labels, share):
+    pairs = [pair(q, a, str(i), logprob=-score) for i, (q, a, score) in enumerate(rows)]
+    known = [QA(str(i), (), q, a) for i, (q, a) in enumerate(labels)]
+    kept, _ = filter.apply(FilterConfig(answer_share=share, length_slack=99.0), pairs, known or LABELS)
+    want = []
+    for question in {q for q, _, _ in rows}:
+        here = [p for p in pairs if p.question == question]
+        answers = {p.answer for p in here}
+        for answer in answers:
+            own = sorted((p for p in here if p.answer == answer), key=lambda p: (-p.logprob, pairs.index(p)))
+            asked = [a for q, a in labels if q == question]
+            allowed = max(share, asked.count(answer) / len(asked) if asked else 0.0)
+            others = len(here) - len(own)
+            most = len(own) if len(answers) == 1 or allowed >= 1 else max(1, int(allowed / (1 - allowed) * others))
+            want += own[:most]
+    assert [p.id for p in kept] == [p.id for p in pairs if p in want]
