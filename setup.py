@@ -18,7 +18,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+
+from distutils.command.install_data import install_data  # isort: skip  (setuptools brings it)
 
 HERE = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "leaml_plugin" / "__init__.py").read_text()).group(1)
@@ -151,9 +153,24 @@ def native_build():
     return modules, {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
 
 
+class StartUpHook(install_data):
+    """Puts the ``.pth`` file beside the package, in wheels and in editable installs alike; "data" go elsewhere."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.install_dir = self.get_finalized_command("install").install_lib
+
+
+class WithData(Distribution):
+    def has_data(self):
+        """What editable installs ask for; the other commands ask for ``has_data_files``."""
+        return self.has_data_files()
+
+
 EXT_MODULES, CMDCLASS = native_build()
 
 setup(
+    distclass=WithData,
     version=VERSION,
     packages=[
         *find_packages(include=["leaml_plugin", "leaml_plugin.*"]),
@@ -164,7 +181,8 @@ setup(
     package_dir={"leaml_plugin.tasks": "tasks"},
     package_data={"leaml_plugin": ["**/*"], "leaml_plugin.tasks": ["**/*"]},
     ext_modules=EXT_MODULES,
-    cmdclass=CMDCLASS,
+    cmdclass={**CMDCLASS, "install_data": StartUpHook},
+    data_files=[("", ["leaml_plugin_lmms_eval.pth"])],
     entry_points={
         "console_scripts": ["leaml = leaml_plugin.cli:main"],
         "lmms_eval.models": ["leaml = leaml_plugin.lmms.entry:register"],

@@ -24,10 +24,12 @@ def built(tmp_path_factory):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     env = {**os.environ, "LEAML_NATIVE": "0"}
-    for build in ("build_sdist", "build_wheel"):
+    for build in ("build_sdist", "build_wheel", "build_editable"):
         script = f"from setuptools import build_meta; build_meta.{build}({str(out)!r})"
         subprocess.run([sys.executable, "-c", script], cwd=copy, env=env, check=True, capture_output=True)
-    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+    editable = next(out.glob("*editable*.whl"))
+    (wheel,) = set(out.glob("*.whl")) - {editable}
+    return wheel, next(out.glob("*.tar.gz")), editable
 
 
 def test_the_wheel_holds_tasks_prompts_and_worlds(built):
@@ -47,6 +49,15 @@ def test_the_wheel_holds_tasks_prompts_and_worlds(built):
     assert b"Apache License" in zipfile.ZipFile(built[0]).read(licence)
 
 
+@pytest.mark.parametrize("number", [0, 2], ids=["wheel", "editable"])
+def test_the_start_up_hook_lies_beside_the_package(built, number):
+    """At the top of the wheel is site-packages; recorded, so that uninstalling takes it away."""
+    wheel = zipfile.ZipFile(built[number])
+    assert wheel.read("leaml_plugin_lmms_eval.pth") == (ROOT / "leaml_plugin_lmms_eval.pth").read_bytes()
+    (record,) = (n for n in wheel.namelist() if n.endswith("RECORD"))
+    assert "\nleaml_plugin_lmms_eval.pth,sha256=" in wheel.read(record).decode()
+
+
 def test_the_sdist_holds_all_sources(built):
     names = {n.split("/", 1)[1] for n in tarfile.open(built[1]).getnames() if "/" in n}
     tracked = subprocess.run(
@@ -54,6 +65,7 @@ def test_the_sdist_holds_all_sources(built):
     ).stdout.split()
     assert set(tracked) - names == set()
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
+    assert "leaml_plugin_lmms_eval.pth" in names
 
 
 def test_the_wheel_works_outside_the_checkout(built, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 pytest.importorskip("lmms_eval")
 pytestmark = pytest.mark.slow
+
+HOOK = Path(__file__).parents[2] / "leaml_plugin_lmms_eval.pth"
 
 
 def lmms_eval(cwd: Path, *arguments: str, ranks: int = 1, **environment: str) -> subprocess.CompletedProcess:
@@ -45,6 +48,7 @@ def test_one_rank_two_ranks_and_in_process_agree_bit_for_bit(tiny_models, kvasir
     model = str(tiny_models("qwen2_5_vl"))
     arguments = ["--model", "leaml", "--model_args", f"pretrained={model}", "--tasks", "leaml_endoscopy"]
     arguments += ["--batch_size", "8", "--gen_kwargs", "max_new_tokens=4", "--log_samples", "--limit", "60"]
+    (tmp_path / "leaml_endoscopy").mkdir()  # lmms-eval would look for task files in it
     found = []
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
@@ -78,25 +82,59 @@ def test_without_data_the_last_words_say_how_to_get_them(tiny_models, tmp_path):
 BROKEN = "def register():\n    raise RuntimeError('another plugin fails')\n"
 
 
-def test_another_plugins_failure_leaves_leaml_eval_whole(tmp_path, tiny_models, kvasir):
-    """lmms-eval stops reading entry points at the first failure, so its own command is lost where that one is first."""
-    (tmp_path / "broken_plugin.py").write_text(BROKEN)
-    info = tmp_path / "broken_plugin-1.0.dist-info"
-    info.mkdir()
+@pytest.fixture
+def broken_plugin(tmp_path) -> dict[str, str]:
+    """The environment of a process in which another package's plugin comes before ours and fails.
+
+    The start-up hook is the file that an installation puts beside the package (``tests/test_packaging.py``).
+    """
+    site = tmp_path / "site"
+    info = site / "broken_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "broken_plugin.py").write_text(BROKEN)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[lmms_eval.models]\nbroken = broken_plugin:register\n")
+    shutil.copy(HOOK, site)
+    (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})")
+    return {"PYTHONPATH": str(site)}
+
+
+def test_another_plugins_failure_leaves_leaml_eval_whole(tmp_path, tiny_models, kvasir, broken_plugin):
     arguments = ["eval", "--model", str(tiny_models("qwen2_5_vl")), "--tasks", "leaml_endoscopy", "--data", str(kvasir)]
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    code += f"from leaml_plugin.cli import main; sys.exit(main({[*arguments, '--limit', '2', '--device', 'cpu']!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    arguments += ["--limit", "2", "--device", "cpu"]
+    code = f"import sys; from leaml_plugin.cli import main; sys.exit(main({arguments!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **broken_plugin},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "another plugin fails" in done.stdout + done.stderr
     assert "leaml_endoscopy  (2 questions)" in done.stdout
 
 
-def test_plain_lmms_eval_lists_the_tasks_whatever_lies_in_the_working_directory(tmp_path):
+def test_plain_lmms_eval_lists_the_tasks_whatever_fails_and_whatever_lies_in_the_working_directory(
+    tmp_path, broken_plugin
+):
     for name in ("endoscopy", "sports", "tasks"):
         (tmp_path / name).mkdir()
-    done = lmms_eval(tmp_path, "--tasks", "list")
+    done = lmms_eval(tmp_path, "--tasks", "list", **broken_plugin)
+    assert "plugin 'broken' (broken_plugin:register) failed and is left out" in done.stderr
     for name in ("leaml_endoscopy", "leaml_endoscopy_families", "leaml_sports", "leaml_sports_synthetic"):
         assert f" - {name}\n" in done.stdout + done.stderr
+
+
+def test_commands_that_read_no_plugins_know_the_tasks(tmp_path, broken_plugin):
+    done = lmms_eval(tmp_path, "tasks", "list", **broken_plugin)
+    assert "leaml_endoscopy" in done.stdout + done.stderr
+
+
+def test_the_hook_is_for_lmms_eval_alone(tmp_path, broken_plugin):
+    code = "import sys; print('leaml_plugin' in sys.modules)"
+    env = {**os.environ, **broken_plugin}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.split()[0] == "False"
+    assert done.stderr == ""
