@@ -55,7 +55,8 @@ def test_the_start_up_hook_lies_beside_the_package(built, number):
     wheel = zipfile.ZipFile(built[number])
     assert wheel.read("leaml_plugin_lmms_eval.pth") == (ROOT / "leaml_plugin_lmms_eval.pth").read_bytes()
     (record,) = (n for n in wheel.namelist() if n.endswith("RECORD"))
-    assert "\nleaml_plugin_lmms_eval.pth,sha256=" in wheel.read(record).decode()
+    lines = wheel.read(record).decode().splitlines()
+    assert any(line.startswith("leaml_plugin_lmms_eval.pth,sha256=") for line in lines)
 
 
 def test_the_sdist_holds_all_sources(built):
