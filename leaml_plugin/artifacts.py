@@ -1,7 +1,8 @@
 """The run directory: the only module that knows where a run keeps what.
 
 Covers: opening a run directory for one configuration, stage directories whose completion is recorded with the
-hashes of their files, atomic writes, append-only JSONL shards, and training logs that survive a kill.
+hashes of their files, atomic writes, append-only JSONL shards that the ranks of a run share out among themselves, and
+training logs that survive a kill.
 Does not cover: what the files mean; each stage reads and writes its own through the paths given here.
 
 A run directory::
@@ -11,6 +12,7 @@ A run directory::
       stages/<name>/         what one stage wrote; done.json once it is complete, with size and SHA-256 of each file
       stages/<name>/work/    checkpoints of a stage under way; gone once it is complete
       adapter/ or model/     the result: an adapter in PEFT's format, or a whole model after full fine-tuning
+      skipped.jsonl          unlabelled pictures that were left out, and why; not there if there are none
       report.html            what happened, for a person
 
 Everything is written under a temporary name in the same folder, synced and renamed, so that a reader sees either
@@ -20,21 +22,32 @@ the old file or the new one and a process may be killed at any moment.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import sys
+import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from leaml_plugin import records
 from leaml_plugin.errors import LeamlError
+from leaml_plugin.ranks import PATIENCE, Rank
 
 CONFIG, DONE, WORK, INPUTS = "config.json", "done.json", "work", "inputs"
+CLAIMS = ".claims.tmp"
+POLL = 0.5  # seconds between two looks at what other ranks have done
+
+# what two machines that write to one file system cannot share: process numbers of one of them
+_PROCESS = f"{zlib.crc32(socket.gethostname().encode())}{{}}"
 
 
 def canonical_json(data: Any) -> str:
@@ -45,6 +58,14 @@ def canonical_json(data: Any) -> str:
 def fingerprint(data: Any) -> str:
     """SHA-256 (hex) of JSON-serialisable data."""
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+def fingerprint_rows(rows: Iterable[Any]) -> str:
+    """SHA-256 (hex) of JSON-serialisable rows, one after the other in memory."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -67,7 +88,7 @@ def _sync_directory(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path to write a file to; renamed to ``path`` if the block succeeds, removed if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_PROCESS.format(os.getpid())}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -132,8 +153,13 @@ class StageDirectory:
     :class:`LeamlError`, never silently recomputed or trusted.
     """
 
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: str, run: RunDirectory | None = None):
+        self.path, self.key, self._run = path, key, run
+
+    @property
+    def rank(self) -> Rank:
+        """Which of the run's processes this is; alone where the stage belongs to no run."""
+        return self._run.rank if self._run is not None else Rank()
 
     def file(self, name: str) -> Path:
         """The path of one of the stage's files; its folder exists after this call."""
@@ -178,6 +204,8 @@ class StageDirectory:
                     "sha256": file_sha256(path),
                 }
         write_json(self.path / DONE, {"key": self.key, "files": files})
+        for leftover in (self.path / CLAIMS, *self.path.glob(".part-*.tmp")):
+            leftover.unlink(missing_ok=True)
 
     # Append-only shards of records: each is written whole, so the number of files is the progress made.
     def shard(self, index: int) -> Path:
@@ -186,12 +214,72 @@ class StageDirectory:
     def shards(self) -> list[Path]:
         return sorted(self.path.glob("part-*.jsonl"))
 
+    def finish_shards(self) -> None:
+        """:meth:`finish` where this is rank 0; the others return once rank 0 has done so."""
+        if self.rank.leads:
+            self.finish()
+        elif self._run is not None:
+            self._run.wait_for(self)
+
+    def open_shards(self, count: int) -> Iterator[int]:
+        """The shards of ``count`` that are missing, for the caller to write; each is claimed while it is worked on.
+
+        Ranks begin with shards rank, rank + world size, ... and go on with what nobody has begun, so that a slow or
+        dead rank holds up no other. Rank 0 gets shards until none is missing; the others until none is to be had.
+        A claim is a lock, which dies with its process. Two ranks that wrote one shard all the same (on a file system
+        without locks) would write the same bytes.
+        """
+        rank = self.rank
+        self.path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path / CLAIMS, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if (self.path / DONE).exists():  # rank 0 was faster, and has removed the claims
+                (self.path / CLAIMS).unlink(missing_ok=True)
+                return
+            order = [*range(rank.number, count, rank.count)]
+            order += [i for i in range(count) if i % rank.count != rank.number]
+            while order := [i for i in order if not self.shard(i).exists()]:
+                idle = True
+                for i in order:
+                    if self.shard(i).exists() or not _claim(fd, i, rank):
+                        continue
+                    try:
+                        if not self.shard(i).exists():
+                            for leftover in self.path.glob(f".part-{i:06d}.jsonl.*.tmp"):
+                                leftover.unlink(missing_ok=True)
+                            idle = False
+                            yield i
+                    finally:
+                        _release(fd, i)
+                if idle and not rank.leads:
+                    return
+                if idle:
+                    time.sleep(POLL)
+        finally:
+            os.close(fd)
+
+
+def _claim(fd: int, index: int, rank: Rank) -> bool:
+    """Lock one byte of the claims; without locks, whether the shard was dealt to this rank."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        return index % rank.count == rank.number
+
+
+def _release(fd: int, index: int) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1, index)
+
 
 class RunDirectory:
     """One run: one configuration, one set of inputs, one directory."""
 
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: str, rank: Rank | None = None):
+        self.path, self.key, self.rank = path, key, rank or Rank()
         self._lock: _Lock | None = None
 
     @classmethod
@@ -201,6 +289,7 @@ class RunDirectory:
         config: Mapping[str, Any],
         inputs: Mapping[str, Any],
         check: Callable[[], None] = lambda: None,
+        rank: Rank | None = None,
     ) -> RunDirectory:
         """Create the directory, or take up the run that it holds.
 
@@ -234,10 +323,44 @@ class RunDirectory:
                 write_json(record, resolved)
             except OSError as error:
                 raise LeamlError(f"{path} cannot be made ({error.strerror}): name another --output.") from error
-        run = cls(path, key)
+        run = cls(path, key, rank)
         run._lock = _Lock.of(path)
         _remove_leftovers(path)
         return run
+
+    @classmethod
+    def join(cls, path: str | os.PathLike, config: Mapping[str, Any], rank: Rank) -> RunDirectory:
+        """The run of this configuration that rank 0 opened or is about to open, with its inputs copied.
+
+        Raises:
+            LeamlError: the directory holds another run, another process has this rank, or rank 0 does not come.
+        """
+        path = Path(path)
+        config = json.loads(json.dumps(config))
+        record, inputs = path / CONFIG, path / "stages" / INPUTS / DONE
+
+        def opened() -> bool:
+            if not record.exists() or not inputs.exists():
+                return False
+            there = read_json(record)
+            if there["config"] == config:
+                return True
+            if _has_begun(path):
+                cls._refuse(path, there, {"config": config, "inputs": there["inputs"]})
+            return False  # rank 0 may be about to replace a run that has not begun
+
+        _wait(path, rank, opened, "to open the run")
+        run = cls(path, fingerprint(read_json(record)), rank)
+        run._lock = _Lock.of(path, rank.number)
+        return run
+
+    def wait_for(self, stage: StageDirectory) -> None:
+        """Return once rank 0 has finished ``stage``.
+
+        Raises:
+            LeamlError: rank 0 is gone, or does not come.
+        """
+        _wait(self.path, self.rank, (stage.path / DONE).exists, f"to finish the stage {stage.path.name!r}")
 
     @staticmethod
     def _refuse(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -253,7 +376,7 @@ class RunDirectory:
         )
 
     def stage(self, name: str) -> StageDirectory:
-        return StageDirectory(self.path / "stages" / name, self.key)
+        return StageDirectory(self.path / "stages" / name, self.key, self)
 
     def child(self, name: str) -> Path:
         """The directory of a run that this one consists of."""
@@ -272,6 +395,10 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -285,40 +412,90 @@ def _check_writable(path: Path) -> None:
 
 
 class _Lock:
-    """Keeps other processes out of a run as long as this object lives; a killed process leaves none behind.
+    """Keeps other processes of the same rank out of a run while this object lives; a killed process leaves none behind.
 
-    Two processes at once would write into each other's logs and checkpoints.
+    Two processes that both lead would write into each other's logs and checkpoints.
     """
 
-    _held: ClassVar[weakref.WeakValueDictionary[Path, _Lock]] = weakref.WeakValueDictionary()
+    _held: ClassVar[weakref.WeakValueDictionary[tuple[Path, int], _Lock]] = weakref.WeakValueDictionary()
 
-    def __init__(self, path: Path):
-        self._fd = os.open(path / CONFIG, os.O_RDONLY)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LeamlError(
-                f"{path}: another process works on this run: wait for it, or name another --output."
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+    def __init__(self, path: Path, rank: int):
+        self._own = path / f".rank-{rank}" if rank else None
+        self._fd = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644) if self._own else _open_record(path)
+        for attempt in range(3):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if attempt < 2:  # another rank may be looking whether somebody leads, which takes a microsecond
+                    time.sleep(0.1)
+                    continue
+                who = (
+                    f"another process works on this run as rank {rank}" if rank else "another process works on this run"
+                )
+                raise LeamlError(f"{path}: {who}: wait for it, or name another --output.") from error
+            except OSError:
+                return  # a file system without locks
 
     def __del__(self):
+        if self._own is not None:
+            self._own.unlink(missing_ok=True)
         os.close(self._fd)
 
     @classmethod
-    def of(cls, path: Path) -> _Lock:
+    def of(cls, path: Path, rank: int = 0) -> _Lock:
         """The lock of a run directory; within a process it is shared."""
-        lock = cls._held.get(path.resolve())
+        key = path.resolve(), rank
+        lock = cls._held.get(key)
         if lock is None:
-            lock = cls._held[path.resolve()] = cls(path)
+            lock = cls._held[key] = cls(path, rank)
         return lock
 
 
+def _open_record(path: Path) -> int:
+    try:
+        return os.open(path / CONFIG, os.O_RDWR)  # NFS locks only what may be written
+    except PermissionError:
+        return os.open(path / CONFIG, os.O_RDONLY)
+
+
+def _led(path: Path) -> bool:
+    """Whether rank 0 works on the run; true where that cannot be found out."""
+    try:
+        fd = _open_record(path)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _wait(path: Path, rank: Rank, ready: Callable[[], bool], what: str) -> None:
+    """Look again and again; a rank 0 that is away for longer than the rank's patience is an error."""
+    if ready():
+        return
+    print(f"leaml: rank {rank.number} waits for rank 0 {what}.", file=sys.stderr, flush=True)
+    seen = time.monotonic()
+    while not ready():
+        if _led(path):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > rank.patience:
+            raise LeamlError(
+                f"{path}: rank {rank.number} has waited {rank.patience:.0f} s for rank 0 {what}, which is not at work: "
+                f"start all ranks again (or this process alone with --rank 0 --world-size 1); "
+                f"{PATIENCE} sets how many seconds to wait."
+            )
+        time.sleep(POLL)
+
+
 def _remove_leftovers(path: Path) -> None:
-    """Delete the temporary files of a killed process."""
+    """Delete the temporary files of a killed process; those of shards may be another rank's and go with its claim."""
     for leftover in [*path.glob(".*.tmp"), *path.glob("stages/**/.*.tmp")]:
-        if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name) and leftover.is_file():
+        if re.fullmatch(r"\.(?!part-).+\.\d+\.tmp", leftover.name) and leftover.is_file():
             leftover.unlink()
 
 
