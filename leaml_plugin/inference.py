@@ -83,6 +83,7 @@ def generate(
     return_logprobs: bool = False,
     progress: bool = True,
     label: str = "generating",
+    on_error: Callable[[Turn, LeamlError], None] | None = None,
 ) -> Iterator[Generated]:
     """Answer ``turns``; yields in their order, the samples of a turn one after the other.
 
@@ -95,6 +96,8 @@ def generate(
         max_new_tokens: the most tokens to write, a forced beginning included.
         sampling: ``None`` is greedy.
         num_samples: texts a turn; more than one needs ``sampling``.
+        on_error: called with a turn that cannot be encoded (its picture is damaged, the processor refuses it, it is too
+            long) and why, in their order; such a turn is left out of the results. ``None`` raises.
 
     Raises:
         LeamlError: impossible settings; a turn that does not fit the collator's ``max_length``; a bad picture.
@@ -116,6 +119,7 @@ def generate(
         Progress(label, len(turns) * num_samples if hasattr(turns, "__len__") else None, unit="text")
         if progress
         else None,
+        on_error,
     )
 
 
@@ -129,6 +133,7 @@ def _generate(
     num_samples: int,
     return_logprobs: bool,
     bar: Progress | None,
+    on_error: Callable[[Turn, LeamlError], None] | None,
 ) -> Iterator[Generated]:
     stop = _stop_ids(loaded, collator)
     config = GenerationConfig(
@@ -150,7 +155,7 @@ def _generate(
     per_window = max(1, _WINDOW * batch_size // num_samples)
     # whole turns in a batch where they fit: what two batches share is read twice
     size = batch_size - batch_size % num_samples if num_samples <= batch_size else batch_size
-    for window in _ahead(turns, collator.prompt_features, per_window):
+    for window in _ahead(turns, collator.prompt_features, per_window, on_error):
         # rows of (position in the window, sample, features); the samples of a turn share its tensors
         rows = [(position, sample, f) for position, f in enumerate(window) for sample in range(num_samples)]
         rows.sort(key=lambda row: -len(row[2]))  # stable, and the longest first: memory runs out early or never
@@ -195,18 +200,36 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             model.train()
 
 
-def _ahead(turns: Iterable[Turn], encode: Callable[[Turn], Features], size: int) -> Iterator[list[Features]]:
+def _ahead(
+    turns: Iterable[Turn],
+    encode: Callable[[Turn], Features],
+    size: int,
+    on_error: Callable[[Turn, LeamlError], None] | None = None,
+) -> Iterator[list[Features]]:
     """Windows of encoded turns; the next one is made by a thread while the model works on this one."""
     stream = iter(turns)
 
-    def window() -> list[Features]:
-        return [encode(turn) for turn in itertools.islice(stream, size)]
+    def window() -> tuple[int, list[Features], list[tuple[Turn, LeamlError]]]:
+        some, encoded, failed = list(itertools.islice(stream, size)), [], []
+        for turn in some:
+            try:
+                encoded.append(encode(turn))
+            except LeamlError as error:
+                if on_error is None:
+                    raise
+                failed.append((turn, error))
+        return len(some), encoded, failed
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="leaml-pictures") as executor:
         following = executor.submit(window)
-        while features := following.result():
+        while (result := following.result())[0]:
             following = executor.submit(window)
-            yield features
+            _, features, failed = result
+            for turn, error in failed:
+                assert on_error is not None
+                on_error(turn, error)
+            if features:
+                yield features
 
 
 @torch.no_grad()  # not inference_mode: what a model caches must stay usable in training

@@ -242,6 +242,17 @@ def test_an_error_in_preparation_reaches_the_caller(loaded, collator, turns, tmp
         texts(loaded, [*turns, bad], collator)
 
 
+def test_a_turn_that_cannot_be_read_is_handed_over_and_left_out(loaded, collator, turns, tmp_path):
+    (tmp_path / "half.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    bad = [Turn(f"bad{i}", (ImageRef(str(tmp_path / name)),), "Why?") for i, name in enumerate(["half.png", "no.png"])]
+    told = []
+    mixed = [bad[0], *turns[:5], bad[1], *turns[5:]]
+    out = texts(loaded, mixed, collator, on_error=lambda turn, error: told.append((turn.id, str(error))))
+    assert out == texts(loaded, turns, collator)
+    assert [name for name, _ in told] == ["bad0", "bad1"] and "no such picture" in told[1][1]
+    assert texts(loaded, bad, collator, on_error=lambda *_: None) == []
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_an_answer_goes_on_from_its_forced_beginning(loaded, collator, turns, batch_size):
     """Equal to writing on from a prompt that ends with the beginning, and without a share in the log-probability."""
