@@ -185,6 +185,7 @@ class Adaptation:
         self.config = config
         self.prompts = Prompts.load(config.prompts or None)
         self.inputs = read_inputs(config)
+        generate.steering(config.generate, self.inputs.labels)  # refuses a mix that is none
         models.check(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
         self.directory = RunDirectory.open(
             config.output,
@@ -226,7 +227,11 @@ class Adaptation:
 
     def generate(self, generator: dict[str, Path]) -> list[Path]:
         return generate.run(
-            self.config.generate, self._stage("generate"), pictures=self.inputs.pictures, **self._tools(generator)
+            self.config.generate,
+            self._stage("generate"),
+            pictures=self.inputs.pictures,
+            labels=self.inputs.labels,
+            **self._tools(generator),
         )
 
     def verify(self, generator: dict[str, Path], shards: Sequence[Path]) -> list[Path]:

@@ -93,6 +93,7 @@ def test_every_option_at_once(project, tiny_models):
         "relevance.granularity=ffn", "relevance.loss=both", "relevance.scope=model", "generator.qa_task=both",
         "generator.qa_updates=all", "verify.round_trip=true", "verify.blind=true", "verify.caption=true",
         "filter.round_trip=true", "filter.blind=true", "filter.caption=true", "filter.answer_share=0.5", "filter.min_logprob=-20", "generate.temperature=0.7",
+        "generate.mix=uniform", "generate.max_new_tokens=40",
         "finetune.mode=lora", "finetune.train.schedule=linear", "generator.train.micro_batch=1",
         "finetune.train.gradient_checkpointing=true",
     ]  # fmt: skip
@@ -100,7 +101,10 @@ def test_every_option_at_once(project, tiny_models):
     assert cli.main(arguments(project, model, "run", *options)) == 0
     stages = project / "run" / "stages"
     assert (stages / "train_generator" / "model" / "model.safetensors").exists()
+    families = json.loads((stages / "generate" / "families.json").read_text())["families"]
     rows = [json.loads(line) for line in (stages / "verify" / "part-000000.jsonl").open()]
+    (family,) = (family for family in families if family["target"])  # the labels ask one question
+    assert all(row["text"].removeprefix("Question: ").casefold().startswith(family["name"]) for row in rows)
     assert all(set(row["checks"]) in (set(), {"round_trip", "blind", "caption"}) for row in rows)
 
 

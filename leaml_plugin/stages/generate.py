@@ -2,24 +2,29 @@
 
 Several samples a picture, drawn with a seed per picture and sample, so that neither the batch nor the shard that a
 picture falls into changes what is written. Shards are written whole and in order: the next run starts at the first
-one that is missing.
+one that is missing. With a target mix the samples of a picture are dealt to families of questions, by the same seed:
+each begins as its family does and the generator goes on from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leaml_plugin.artifacts import StageDirectory, write_records
+from leaml_plugin.artifacts import StageDirectory, write_json, write_records
 from leaml_plugin.errors import LeamlError
+from leaml_plugin.families import Families, Mix, deal
 from leaml_plugin.progress import Progress
-from leaml_plugin.records import Picture, PseudoQA
+from leaml_plugin.records import QA, Picture, PseudoQA
 
 if TYPE_CHECKING:
-    from leaml_plugin.data import Collator, Prompts
+    from leaml_plugin.data import Collator, Prompts, Turn
     from leaml_plugin.models import Loaded
+
+FAMILIES = "families.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class GenerateConfig:
         batch_size: texts generated at once.
         shard_size: pictures a shard; a killed run repeats at most one shard.
         seed: of all draws.
+        mix: which share of the samples each family of questions gets: "labels" (as in the labels), "uniform", or
+            weights of beginnings, such as "how many=2, is there=1"; empty: the generator asks what it will.
+        families: the most families that are learnt from the labels.
     """
 
     samples: int = 4
@@ -43,9 +51,11 @@ class GenerateConfig:
     batch_size: int = 32
     shard_size: int = 256
     seed: int = 0
+    mix: str = ""
+    families: int = 12
 
     def __post_init__(self):
-        for name in ("samples", "max_new_tokens", "batch_size", "shard_size"):
+        for name in ("samples", "max_new_tokens", "batch_size", "shard_size", "families"):
             if getattr(self, name) < 1:
                 raise LeamlError(f"generate: {name} is {getattr(self, name)}; it must be at least 1.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -62,10 +72,17 @@ def run(
     collator: Callable[[Loaded], Collator],
     prompts: Prompts,
     pictures: Sequence[Picture],
+    labels: Sequence[QA] = (),
 ) -> list[Path]:
-    """Write pseudo-QA for ``pictures`` with the generator that ``load`` gives; returns the shards in order."""
+    """Write pseudo-QA for ``pictures`` with the generator that ``load`` gives; returns the shards in order.
+
+    ``labels`` are what the families of a target mix are learnt from.
+    """
     if stage.done:
         return stage.shards()
+    steer = steering(config, labels)
+    if steer is not None:
+        write_json(stage.file(FAMILIES), steer.to_json())
     shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
     missing = [i for i in range(len(shards)) if not stage.shard(i).exists()]
     if missing:
@@ -83,7 +100,7 @@ def run(
             out = []
             for text in generate(
                 loaded,
-                [prompts.generate(picture) for picture in shards[i]],
+                [_turn(config, prompts, steer, picture) for picture in shards[i]],
                 collator=collate,
                 batch_size=config.batch_size,
                 max_new_tokens=config.max_new_tokens,
@@ -100,3 +117,23 @@ def run(
         bar.close()
     stage.finish()
     return stage.shards()
+
+
+def steering(config: GenerateConfig, labels: Sequence[QA]) -> Mix | None:
+    """The target mix over families of questions, or ``None`` where the generator asks what it will.
+
+    Raises:
+        LeamlError: the configuration's mix is no mix.
+    """
+    if not config.mix:
+        return None
+    families = Families.learn((qa.question for qa in labels), config.families)
+    return Mix(families, families.mix(config.mix))
+
+
+def _turn(config: GenerateConfig, prompts: Prompts, steer: Mix | None, picture: Picture) -> Turn:
+    turn = prompts.generate(picture)
+    if steer is None:
+        return turn
+    dealt = deal(steer.target, picture.id, config.samples, config.seed)
+    return dataclasses.replace(turn, prefixes=tuple(map(prompts.begin_generated, dealt)))
