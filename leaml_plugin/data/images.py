@@ -11,21 +11,31 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlencode
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.progress import Progress
-from leaml_plugin.records import ImageRef
+from leaml_plugin.records import ImageRef, Picture
+
+T = TypeVar("T")
 
 # Suffixes by which a directory of pictures is read, and the decoders that may run. Pillow knows more; some of those
 # start other programs (EPS) or are rarely exercised parsers.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+# What Pillow's parsers are known to raise at bytes that are no picture after all.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ArithmeticError, LookupError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 MAX_PIXELS = 150_000_000
 """A picture with more pixels than this is refused before it is decoded (RGB: 450 MB)."""
@@ -45,14 +55,27 @@ def open_image(ref: ImageRef) -> Image.Image:
     Raises:
         LeamlError: it is missing, not a picture, truncated, or larger than :data:`MAX_PIXELS`.
     """
+    return _read(ref, _decode)
+
+
+def measure_image(ref: ImageRef) -> tuple[int, int]:
+    """Width and height in pixels, as the file's header says; nothing is decoded.
+
+    Raises:
+        LeamlError: as :func:`open_image`, as far as the header shows it.
+    """
+    return _read(ref, lambda file, name: _opened(file, name).size)
+
+
+def _read(ref: ImageRef, read: Callable[[Any, str], T]) -> T:
     if ref.uri.startswith("hf:"):
-        return _decode(*_embedded(ref.uri))
+        return _guarded(*_embedded(ref.uri), read)
     try:
         # a named pipe in place of a picture would block for ever
         if not stat.S_ISREG(os.stat(ref.uri).st_mode):
             raise LeamlError(f"{ref.uri}: is not a regular file; give the path of a picture.")
         with open(ref.uri, "rb") as file:
-            return _decode(file, ref.uri)
+            return _guarded(file, ref.uri, read)
     except FileNotFoundError as error:
         raise LeamlError(f"{ref.uri}: no such picture; correct the path or add the file.") from error
     except PermissionError as error:
@@ -97,24 +120,64 @@ def check_images(
     return len(owner)
 
 
+def sort_out(
+    pictures: Iterable[Picture], *, decoded: int = 1000, total: int | None = None, progress: bool = True
+) -> Iterator[tuple[Picture, str]]:
+    """Each unlabelled picture with the reason why it cannot be used, or with ``""``; none is kept in memory.
+
+    Args:
+        decoded: so many of the pictures, evenly spread, are decoded to the last pixel; of the others the header is
+            read, and damage behind it shows when a stage opens them.
+        total: how many pictures there are, where ``pictures`` does not know.
+    """
+    total = len(pictures) if total is None and hasattr(pictures, "__len__") else total  # type: ignore[arg-type]
+    bar = Progress("checking pictures", total, unit="picture") if progress else None
+    for n, picture in enumerate(pictures):
+        # true for every picture, or where the share of decoded ones passes a whole number
+        whole = total is None or total <= decoded or n * decoded // total != (n - 1) * decoded // total
+        try:
+            for ref in picture.images:
+                if whole:
+                    open_image(ref)
+                else:
+                    measure_image(ref)
+            yield picture, ""
+        except LeamlError as error:
+            yield picture, str(error)
+        if bar:
+            bar.update()
+    if bar:
+        bar.close()
+
+
 def _decode(file: Any, name: str) -> Image.Image:
+    picture = _opened(file, name)
+    picture.load()
+    return _rgb(ImageOps.exif_transpose(picture))
+
+
+def _opened(file: Any, name: str) -> Image.Image:
+    picture = Image.open(file, formats=_DECODERS)
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise LeamlError(
+            f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS} that are opened; scale it down."
+        )
+    return picture
+
+
+def _guarded(file: Any, name: str, read: Callable[[Any, str], T]) -> T:
+    """What ``read`` makes of the file; what a decoder may raise becomes one sentence."""
     try:
         with warnings.catch_warnings():
-            # our own limit is checked below, before any pixel is decoded
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(file, formats=_DECODERS)
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise LeamlError(
-                    f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS} that are opened; scale it down."
-                )
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+            # our own limit on pixels is checked; what else a decoder grumbles about either can be read or cannot
+            warnings.simplefilter("ignore")
+            return read(file, name)
     except Image.DecompressionBombError as error:
         raise LeamlError(f"{name}: too many pixels to open safely ({error}); scale it down.") from error
     except UnidentifiedImageError as error:
         raise LeamlError(f"{name}: is not a picture in a known format ({', '.join(_DECODERS)}).") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _DAMAGE as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise LeamlError(f"{name}: the picture is truncated or damaged ({error}); replace the file.") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import random
 import struct
 import zlib
 
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from leaml_plugin.data import images
-from leaml_plugin.data.images import check_images, open_image
+from leaml_plugin.data.images import check_images, measure_image, open_image, sort_out
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import QA, ImageRef, Picture
 
@@ -93,3 +95,53 @@ def test_check_images_opens_each_once_and_names_the_record(tmp_path, pictures, m
     bad = [*good, QA("9", (ref(tmp_path / "no.png"),), "q", "a", source="x.jsonl line 9"), Picture("p", (ref("/no"),))]
     with pytest.raises(LeamlError, match=r"x.jsonl line 9: .*no.png: no such picture.*\(1 more of 4 pictures"):
         check_images(bad, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "gif", "webp", "bmp", "ppm"])
+def test_whatever_bytes_are_in_a_file_only_our_error_comes_out(tmp_path, kind):
+    file = io.BytesIO()
+    picture = Image.effect_noise((24, 20), 50).convert("P" if kind == "gif" else "RGB")
+    picture.save(file, kind, **({"exif": Image.Exif()} if kind in ("jpeg", "webp", "tiff") else {}))
+    whole, draw = file.getvalue(), random.Random(kind)
+    path, refused = tmp_path / "fuzz", 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 3, 20])):
+            data[draw.randrange(min(len(data), draw.choice([60, len(data)])))] = draw.randrange(256)
+        path.write_bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        try:
+            open_image(ref(path))
+        except LeamlError as error:
+            refused += 1
+            assert str(error).startswith(str(path))
+    assert refused > 5
+
+
+def test_the_header_tells_the_size_and_what_it_can_of_the_damage(tmp_path, pictures, monkeypatch):
+    assert measure_image(ref(pictures[1])) == (84, 40)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "half.jpg")
+    data = (tmp_path / "half.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2])
+    assert measure_image(ref(tmp_path / "half.jpg")) == (64, 64)
+    with pytest.raises(LeamlError, match="no such picture"):
+        measure_image(ref(tmp_path / "none.png"))
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    with pytest.raises(LeamlError, match="84x40 pixels are more than the 10"):
+        measure_image(ref(pictures[1]))
+
+
+def test_unlabelled_pictures_are_sorted_out_and_few_of_many_are_decoded(tmp_path, pictures, monkeypatch):
+    opened = []
+    real = images.open_image
+    monkeypatch.setattr(images, "open_image", lambda r: opened.append(r) or real(r))
+    (tmp_path / "text.png").write_bytes(b"hello")
+    refs = [ref(pictures[i % 6]) for i in range(100)]
+    refs[7] = ref(tmp_path / "text.png")
+    pool = [Picture(str(i), (r,)) for i, r in enumerate(refs)]
+    out = list(sort_out(pool, decoded=10, progress=False))
+    assert [picture for picture, _ in out] == pool
+    assert [picture.id for picture, why in out if why] == ["7"] and "text.png: is not a picture" in out[7][1]
+    assert len(opened) == 10
+    opened.clear()
+    assert sum(bool(why) for _, why in sort_out(iter(pool), progress=False)) == 1  # of unknown length: all are decoded
+    assert len(opened) == 100
