@@ -35,7 +35,9 @@ class Protocol:
         pseudo_pictures: unlabelled pictures that the generator writes about.
         samples, temperature, top_p: texts a picture, and how they are drawn.
         pseudo_share: share of pseudo-labelled questions in a batch.
-        agreement, known_questions, min_logprob, round_trip, answer_share: of the filter.
+        mix: target mix over families of questions, as ``GenerateConfig.mix``; empty: none.
+        agreement, known_questions, min_logprob, keep_share, round_trip, blind, caption, answer_share: of the filter,
+            and of the verify stage where that has to ask for it.
         lora_rank: of the methods that train a LoRA; alpha is twice the rank.
     """
 
@@ -63,10 +65,14 @@ class Protocol:
     temperature: float = 1.0
     top_p: float = 0.95
     pseudo_share: float = 0.5
+    mix: str = ""
     agreement: float = 0.5
     known_questions: bool = False
     min_logprob: float | None = None
+    keep_share: float = 1.0
     round_trip: bool = True
+    blind: bool = False
+    caption: bool = False
     answer_share: float = 1.0
     lora_rank: int = 16
 

@@ -35,7 +35,7 @@ from leaml_plugin.artifacts import (
 from leaml_plugin.data.prompts import Prompts
 from leaml_plugin.metrics import clustered_mean, exact_match, set_f1
 from leaml_plugin.models import Loaded, target_linears
-from leaml_plugin.records import QA, Picture, Prediction, PseudoQA
+from leaml_plugin.records import QA, Prediction, PseudoQA
 from leaml_plugin.selection import Selection, all_neurons
 from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator, verify
 from leaml_plugin.study import packed
@@ -117,10 +117,20 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
             batch_size=256,
             shard_size=1 << 20,
             seed=seed,
+            mix=protocol.mix,
         )
-        out["verify"] = verify.VerifyConfig(round_trip=protocol.round_trip, batch_size=256, max_new_tokens=16)
+        out["verify"] = verify.VerifyConfig(
+            round_trip=protocol.round_trip,
+            blind=protocol.blind,
+            caption=protocol.caption,
+            batch_size=256,
+            max_new_tokens=16,
+        )
         out["filter"] = filter.FilterConfig(
             round_trip=protocol.round_trip,
+            blind=protocol.blind,
+            caption=protocol.caption,
+            keep_share=protocol.keep_share,
             answer_share=protocol.answer_share,
             agreement=protocol.agreement,
             known_questions=protocol.known_questions,
@@ -147,8 +157,28 @@ def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, fine
     return {
         "method": dataclasses.asdict(METHODS[method]),
         "data": {name: getattr(protocol, name) for name in names},
-        "stages": {name: dataclasses.asdict(config) for name, config in configs.items()},
+        "stages": {name: _recorded(name, config) for name, config in configs.items()},
     }
+
+
+#: The settings that results have recorded from the beginning. One that was added later is recorded, and tells settings
+#: apart, only where it is not at its default: results from before it existed stay comparable.
+_ALWAYS = {
+    "generate": {"batch_size", "max_new_tokens", "samples", "seed", "shard_size", "temperature", "top_p"},
+    "generator": {"caption_batch", "caption_weight", "qa_task", "qa_updates", "qa_weight", "train"},
+    "verify": {"batch_size", "blind", "max_new_tokens", "round_trip"},
+    "filter": {
+        "agreement", "answer_share", "blind", "keep_share", "known_questions", "length_slack", "min_logprob",
+        "near_duplicate", "round_trip",
+    },
+    "finetune": {"lora_alpha", "lora_dropout", "lora_rank", "mode", "pseudo_share", "targets", "train"},
+}  # fmt: skip
+
+
+def _recorded(stage: str, config: Any) -> dict[str, Any]:
+    known = _ALWAYS.get(stage)
+    later = {f.name: f.default for f in dataclasses.fields(config) if known is not None and f.name not in known}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
 
 
 class Study:
@@ -271,17 +301,10 @@ class Study:
                 finetune.run(configs["finetune"], stages["finetune"], load=lambda: tuned, selection=selection, **common)
             else:
                 selection = self._select(configs["relevance"], world, budget, stages)
-                pictures = budget.unlabelled[: self.protocol.pseudo_pictures]
-                generator = self._copy()
-                train_generator.run(
-                    configs["generator"],
-                    stages["generator"],
-                    load=lambda: generator,
-                    pictures=budget.unlabelled,
-                    selection=selection,
-                    **common,
-                )
-                kept, pseudo = self._write_pairs(configs, generator, pictures, budget.qas, world, stages)
+                shards = self._write_pairs(configs, selection, budget, stages)
+                path, counts = filter.run(configs["filter"], stages["filter"], shards=shards, labels=budget.qas)
+                pairs = list(read_records(path, PseudoQA))
+                kept, pseudo = [pair.as_qa() for pair in pairs], {"counts": counts, **world.pseudo_accuracy(pairs)}
                 # what the VQA model trains is the same for all ablations of the distillation
                 own = selection
                 if spec.choice != "relevance" and self.protocol.mode == "selected":
@@ -293,24 +316,25 @@ class Study:
         return Loaded(tuned.model.eval(), tuned.processor, tuned.path), pseudo
 
     def _write_pairs(
-        self,
-        configs: Mapping[str, Any],
-        generator: Loaded,
-        pictures: Sequence[Picture],
-        labels: Sequence[QA],
-        world: World,
-        stages: Stages,
-    ) -> tuple[list[QA], dict]:
-        tools: dict[str, Any] = {
-            "load": lambda: Loaded(generator.model.eval(), generator.processor, generator.path),
-            "collator": self._collator,
-            "prompts": self.prompts,
-        }
-        shards = generate.run(configs["generate"], stages["generate"], pictures=pictures, **tools)
-        shards = verify.run(configs["verify"], stages["verify"], shards=shards, **tools)
-        path, counts = filter.run(configs["filter"], stages["filter"], shards=shards, labels=labels)
-        kept = list(read_records(path, PseudoQA))
-        return [pair.as_qa() for pair in kept], {"counts": counts, **world.pseudo_accuracy(kept)}
+        self, configs: Mapping[str, Any], selection: Selection, budget: Labels, stages: Stages
+    ) -> list[Path]:
+        """Train a generator, let it write about the first unlabelled pictures, and verify; returns the shards."""
+        generator = self._copy()
+        common: dict[str, Any] = {"collator": self._collator, "prompts": self.prompts}
+        train_generator.run(
+            configs["generator"],
+            stages["generator"],
+            load=lambda: generator,
+            labels=budget.qas,
+            pictures=budget.unlabelled,
+            selection=selection,
+            **common,
+        )
+        common["load"] = lambda: Loaded(generator.model.eval(), generator.processor, generator.path)
+        pictures = budget.unlabelled[: self.protocol.pseudo_pictures]
+        shards = generate.run(configs["generate"], stages["generate"], pictures=pictures, labels=budget.qas, **common)
+        captions = {picture.id: picture.caption for picture in pictures if picture.caption}
+        return verify.run(configs["verify"], stages["verify"], shards=shards, captions=lambda shard: captions, **common)
 
     def _select(self, config: relevance.RelevanceConfig, world: World, budget: Labels, stages: Stages) -> Selection:
         """The relevance stage; its scores depend on the labels alone and are kept for the next method."""

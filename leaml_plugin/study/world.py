@@ -28,7 +28,8 @@ WORLD_SEED = 0
 def asked(qa: WorldQA) -> str:
     """The question as every method sees it: on one line, with the options behind it, without a request for the form.
 
-    To multiple choice the answer is the text of the right option. One line, because what a generator writes is one line: pseudo-questions then look like the labelled ones.
+    To multiple choice the answer is the text of the right option. One line, because what a generator writes is one
+    line: pseudo-questions then look like the labelled ones.
     """
     return " ".join([qa.question, *(f"{letter}. {text}" for letter, text in qa.options.items())])
 
@@ -161,18 +162,24 @@ class World:
                 truth[name, normalise_question(qa.meta["question"])] = (qa.meta["template"], text)
         return truth
 
-    def pseudo_accuracy(self, pairs: Sequence[PseudoQA]) -> dict:
-        """How many pseudo-answers are right, among the pairs whose question the world asks of that picture too.
+    def right(self, pair: PseudoQA) -> bool | None:
+        """Whether a pseudo-answer is right; ``None`` where the world does not ask this question of that picture.
 
         For multiple choice the answer is right if it is the option with the true text, or 'None of the above' where no
         option has that.
         """
+        question, options = split_options(pair.question)
+        found = self._truth.get((pair.picture_id, normalise_question(question)))
+        return None if found is None else _right(pair.answer, options, found[1])
+
+    def pseudo_accuracy(self, pairs: Sequence[PseudoQA]) -> dict:
+        """How many pseudo-answers are right, among the pairs whose question the world asks of that picture too."""
         hits: dict[str, list[bool]] = defaultdict(list)
         for pair in pairs:
-            question, options = split_options(pair.question)
-            found = self._truth.get((pair.picture_id, normalise_question(question)))
-            if found is not None:
-                hits[found[0]].append(_right(pair.answer, options, found[1]))
+            right = self.right(pair)
+            if right is not None:
+                question = normalise_question(split_options(pair.question)[0])
+                hits[self._truth[pair.picture_id, question][0]].append(right)
         everything = [hit for some in hits.values() for hit in some]
         return {
             "pairs": len(pairs),
