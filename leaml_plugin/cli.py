@@ -18,6 +18,7 @@ from leaml_plugin.errors import LeamlError, unknown_name
 # command -> (module with add_arguments and main, one line of help)
 COMMANDS = {
     "adapt": ("leaml_plugin.commands.adapt", "adapt a model to a visual domain from a few labels and many pictures"),
+    "caption": ("leaml_plugin.commands.caption", "let a teacher describe unlabelled pictures (local model or server)"),
     "demo": ("leaml_plugin.commands.demo", "the whole of LEAML on the embedded endoscopy world, against baselines"),
     "report": ("leaml_plugin.report", "write the report page of a run again"),
     "doctor": ("leaml_plugin.commands.doctor", "versions, the extension and devices, for a bug report"),
@@ -34,7 +35,7 @@ COMMANDS = {
     "bench": ("leaml_plugin.commands.bench", "time the kernels and the training step against their peers"),
 }
 
-RESUMABLE = ("adapt", "demo", "data", "study", "pretrain")
+RESUMABLE = ("adapt", "caption", "demo", "data", "study", "pretrain")
 
 EXAMPLES = """examples:
   leaml adapt --model Qwen/Qwen2.5-VL-3B-Instruct --labeled train.jsonl \\

@@ -101,6 +101,20 @@ def assign(data: dict[str, Any], setting: str) -> None:
     data[last] = parse_value(value.strip())
 
 
+def put(data: dict[str, Any], name: str, value: Any) -> None:
+    """Put a command-line option's value at ``a.b`` of the nested dictionaries of a configuration file.
+
+    Raises:
+        LeamlError: ``a`` is a value there.
+    """
+    *parents, last = name.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise LeamlError(f"the configuration file gives {parent} a value; it is a table of settings.")
+    data[last] = value
+
+
 def check_pattern(name: str, pattern: str) -> None:
     """Refuse a setting that is no regular expression."""
     try:

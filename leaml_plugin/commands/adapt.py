@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from leaml_plugin import config
-from leaml_plugin.errors import LeamlError
 
 EXAMPLES = """examples:
   leaml adapt --model Qwen/Qwen2.5-VL-3B-Instruct --labeled train.jsonl \\
@@ -83,21 +82,12 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, option)
         if value is not None:
             for name in names:
-                _put(data, name, value)
+                config.put(data, name, value)
     if args.trust_remote_code:
         data["trust_remote_code"] = True
     for setting in args.set:
         config.assign(data, setting)
     return data
-
-
-def _put(data: dict[str, Any], name: str, value: Any) -> None:
-    *parents, last = name.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise LeamlError(f"the configuration file gives {parent} a value; it is a table of settings.")
-    data[last] = value
 
 
 def main(args: argparse.Namespace) -> int:

@@ -741,6 +741,8 @@ def _with_captions(pictures: Sequence[Picture], path: Path, root: Path) -> Seque
             key = key[0]
         name = _text(record, field, key, "the picture's path or id")
         c_field, value = _field(record, _CAPTION, "the caption")
+        if value is None and record.row.get("reason"):
+            continue  # a teacher's refusal, as `leaml caption` keeps it
         caption = _text(record, c_field, value, "the caption")
         places = [os.path.abspath(p / name) for p in (root, base)]
         found = (*map(by_place.find, places), by_id.find(name))
