@@ -17,7 +17,8 @@ from tiny_llama import TARGETS, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from leaml_plugin import LeamlConfig, LeamlError, RelevanceScorer, Selection, SparseAdamW, attach, select
 from leaml_plugin.selection import linears
@@ -124,13 +125,48 @@ def fsdp(base: str, out: str, rank: int = 0, world: int = 1) -> None:
         adapted.save_pretrained(out, state_dict=whole)
 
 
+def zero(base: str, out: str, stage: int, rank: int = 0, world: int = 1, resume: str | None = None) -> None:
+    """The adapter through the Trainer under DeepSpeed ZeRO; without it where ``stage`` is 0. Saved whole."""
+    settings = {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if stage:
+        import deepspeed
+
+        # the shared-memory collectives would be compiled first; gloo does
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    args = TrainingArguments(
+        out,
+        max_steps=STEPS,
+        save_steps=3,
+        per_device_train_batch_size=GLOBAL_BATCH // world,
+        learning_rate=0.01,
+        adam_epsilon=1e-4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        deepspeed=settings if stage else None,
+    )
+    adapted = get_peft_model(load(base), LeamlConfig(target_modules=["q_proj", "down_proj"], density=0.2, seed=1))
+    data = [{"input_ids": row, "labels": row} for row in samples(STEPS * GLOBAL_BATCH)]
+    job = Trainer(adapted, args, train_dataset=data)
+    job.train(resume_from_checkpoint=resume)
+    job.save_model(str(Path(out) / "final"))
+    unset_hf_deepspeed_config()  # or the next job's model would be sharded as it is loaded
+
+
 def main(environment: dict[str, str], jobs: list[dict]) -> None:
-    """Run ``jobs`` one after the other on this rank: ``{"kind": "plain_loop" | "trainer" | "fsdp", **arguments}``."""
+    """Run ``jobs`` one after the other on this rank: ``{"kind": name of a function above, **arguments}``."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for job in jobs:
-        function = {"plain_loop": plain_loop, "trainer": trainer, "fsdp": fsdp}[job["kind"]]
+        function = {"plain_loop": plain_loop, "trainer": trainer, "fsdp": fsdp, "zero": zero}[job["kind"]]
         arguments = {key: value for key, value in job.items() if key != "kind"}
         function(**arguments, rank=dist.get_rank(), world=dist.get_world_size())
         dist.barrier()

@@ -98,3 +98,23 @@ def test_two_ranks_equal_one_and_resume(base, tmp_path, monkeypatch):
     )
     for name, value in adapters[0].items():
         torch.testing.assert_close(value, adapters[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_deepspeed_zero_equals_one_rank_and_resumes(base, tmp_path, monkeypatch):
+    """Stages 1, 2 and 3 on two gloo ranks: sharded states, gradients and weights, the adapter saved whole."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    job = {"kind": "zero", "base": base}
+    runs = {f"zero{stage}": {"stage": stage} for stage in (1, 2, 3)}
+    runs["resumed"] = {"stage": 3, "resume": str(tmp_path / "zero3" / "checkpoint-3")}
+    assert two_ranks(*({**job, **options, "out": str(tmp_path / name)} for name, options in runs.items())) == [0, 0]
+    ddp_job.zero(base, str(tmp_path / "one"), 0)
+    want = load_file(tmp_path / "one" / "final" / "adapter_model.safetensors")
+    assert any(v.is_floating_point() and v.abs().max() > 0.01 for v in want.values())
+    for name in runs:
+        found = load_file(tmp_path / name / "final" / "adapter_model.safetensors")
+        assert found.keys() == want.keys()
+        for key, value in found.items():
+            torch.testing.assert_close(value, want[key], rtol=1e-5, atol=1e-6, msg=f"{name} {key}")

@@ -102,7 +102,7 @@ def test_ms_swift_plugin(base, selection, tmp_path, monkeypatch):
     assert random.peft_config["default"].criterion == "random"
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 def test_accelerate_configurations_are_read(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
