@@ -311,6 +311,7 @@ class RunDirectory:
                     cls._refuse(path, there, resolved)
                 held = _Lock.of(path)  # nobody else works on what is replaced here
                 check()
+                shutil.rmtree(path / "stages" / INPUTS, ignore_errors=True)
                 write_json(record, resolved)
                 del held
         elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):

@@ -15,22 +15,25 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaml_plugin.artifacts import (
+    INPUTS,
     RunDirectory,
     StageDirectory,
     atomic_directory,
-    fingerprint,
+    fingerprint_rows,
     read_records,
     write_records,
 )
 from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.progress import track
-from leaml_plugin.records import QA, Picture, PseudoQA, to_json
+from leaml_plugin.ranks import Rank, local_device
+from leaml_plugin.records import QA, UNREADABLE, Picture, PseudoQA, Skipped, to_json
+from leaml_plugin.sequences import Chosen, Mapped, RecordFile, Spool
 from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator, verify
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 METHODS = ("leaml", "labels")
 PICTURE_CACHE = 1 << 30  # bytes of processed pictures that a stage keeps in memory
+DECODED = 1000  # of more unlabelled pictures than these, so many are decoded before a run begins
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,15 @@ class AdaptResult:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads beside the model, loaded and checked."""
+    """Everything a run reads beside the model, loaded and checked.
+
+    ``pictures`` lie in a file and are to be read as a stream; ``skipped`` are those that cannot be used.
+    """
 
     labels: Sequence[QA]
     pictures: Sequence[Picture]
     questions: Sequence[QA]
+    skipped: Sequence[Skipped] = ()
 
 
 def read_inputs(config: AdaptConfig) -> Inputs:
@@ -174,26 +182,44 @@ class Adaptation:
     Making the object reads and checks all input, so that bad input ends the run before it begins. A stage that is
     complete in the output directory returns what it wrote; one that was killed goes on.
 
+    Several processes (``rank``; by default what torchrun or the environment says) share the writing of pseudo-QA and
+    the second answers. All else is rank 0's: the others wait for its files and read them.
+
     Raises:
         LeamlError: bad input or configuration; nothing is trained or written over then.
     """
 
-    def __init__(self, config: AdaptConfig):
-        from leaml_plugin import models
+    def __init__(self, config: AdaptConfig, rank: Rank | None = None):
         from leaml_plugin.data import Prompts
 
         self.config = config
+        self.rank = rank if rank is not None else Rank.here()
         self.prompts = Prompts.load(config.prompts or None)
-        self.inputs = read_inputs(config)
-        generate.steering(config.generate, self.inputs.labels)  # refuses a mix that is none
-        models.check(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-        self.directory = RunDirectory.open(
-            config.output,
-            _identity(config),
-            _fingerprints(config, self.inputs, self.prompts.version),
-            check=lambda: _check_samples(config, self.prompts, self.inputs),
+        self.directory = (
+            self._open() if self.rank.leads else RunDirectory.join(config.output, _identity(config), self.rank)
         )
-        _keep_inputs(self.directory, self.inputs)
+        self.inputs = _kept_inputs(self.directory)
+
+    def _open(self) -> RunDirectory:
+        """Read and check all input, make or take up the run's directory, and copy the records into it."""
+        from leaml_plugin import models
+
+        config = self.config
+        inputs = read_inputs(config)
+        generate.steering(config.generate, inputs.labels)  # refuses a mix that is none
+        models.check(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
+        usable: list[Inputs] = []
+
+        def check() -> None:
+            _check_labels(config, self.prompts, inputs)
+            usable.append(_sort_out(config, inputs))
+            _check_pictures(config, self.prompts, usable[0])
+
+        directory = RunDirectory.open(
+            config.output, _identity(config), _fingerprints(config, inputs, self.prompts.version), check, self.rank
+        )
+        _keep_inputs(directory, lambda: usable[0] if usable else _sort_out(config, inputs))
+        return directory
 
     def load(self, weights: dict[str, Path] | None = None) -> Loaded:
         """The base model, or with ``weights`` what a training stage returned, with its processor."""
@@ -201,7 +227,8 @@ class Adaptation:
 
         c = self.config
         where = {"path": c.model, **(weights or {})}
-        return models.load(**where, dtype=c.dtype, device=c.device, trust_remote_code=c.trust_remote_code)
+        device = local_device(c.device)
+        return models.load(**where, dtype=c.dtype, device=device, trust_remote_code=c.trust_remote_code)
 
     def collator(self, loaded: Loaded) -> Collator:
         from leaml_plugin.data import Collator
@@ -228,7 +255,7 @@ class Adaptation:
     def generate(self, generator: dict[str, Path]) -> list[Path]:
         return generate.run(
             self.config.generate,
-            self._stage("generate"),
+            self._stage("generate", shared=True),
             pictures=self.inputs.pictures,
             labels=self.inputs.labels,
             **self._tools(generator),
@@ -240,11 +267,11 @@ class Adaptation:
         def captions(shard: int) -> dict[str, str]:
             return {p.id: p.caption for p in self.inputs.pictures[shard * size : (shard + 1) * size] if p.caption}
 
-        return verify.run(
-            self.config.verify, self._stage("verify"), shards=shards, captions=captions, **self._tools(generator)
-        )
+        stage = self._stage("verify", shared=True)
+        return verify.run(self.config.verify, stage, shards=shards, captions=captions, **self._tools(generator))
 
-    def filter(self, shards: Sequence[Path]) -> list[QA]:
+    def filter(self, shards: Sequence[Path]) -> Sequence[QA]:
+        """The kept pairs, as a view of their file."""
         kept, counts = filter.run(self.config.filter, self._stage("filter"), shards=shards, labels=self.inputs.labels)
         if not counts["kept"]:
             why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n)
@@ -252,7 +279,24 @@ class Adaptation:
                 f"leaml: warning: the filter kept no pseudo-QA pair ({why}); fine-tuning has the labels alone.",
                 file=sys.stderr,
             )
-        return [pair.as_qa() for pair in read_records(kept, PseudoQA)]
+        if counts[UNREADABLE]:
+            self._keep_skipped()
+        return Mapped(RecordFile(kept, PseudoQA), PseudoQA.as_qa)
+
+    def _keep_skipped(self) -> None:
+        """Add the pictures that could not be opened while pairs were written to those found before."""
+        found = dict.fromkeys(skipped.picture_id for skipped in self.inputs.skipped)
+        with_late = list(self.inputs.skipped)
+        for pair in read_records(self._stage("filter").file(filter.DROPPED), PseudoQA):
+            if pair.reason == UNREADABLE and pair.picture_id not in found:
+                found[pair.picture_id] = None
+                with_late.append(Skipped(pair.picture_id, pair.images, pair.checks.get(UNREADABLE, "")))
+        write_records(self.directory.skipped, with_late)
+        print(
+            f"leaml: warning: {len(with_late)} of {len(self.inputs.pictures) + len(self.inputs.skipped)} unlabelled "
+            f"pictures could not be used; {self.directory.skipped} tells why.",
+            file=sys.stderr,
+        )
 
     def finetune(self, pairs: Sequence[QA] = (), selection: Selection | None = None) -> dict[str, Path]:
         return finetune.run(
@@ -282,19 +326,24 @@ class Adaptation:
                 shutil.copytree(source, temporary, copy_function=_link_weights, dirs_exist_ok=True)
         return {kind: target}
 
-    def _stage(self, name: str) -> StageDirectory:
-        return self.directory.stage(name)
+    def _stage(self, name: str, shared: bool = False) -> StageDirectory:
+        """A stage's directory. A stage that is not ``shared`` is rank 0's: the others get it once it is complete."""
+        stage = self.directory.stage(name)
+        if not (shared or self.rank.leads):
+            self.directory.wait_for(stage)
+        return stage
 
     def _tools(self, weights: dict[str, Path] | None = None) -> dict[str, Any]:
         """What every stage that runs a model needs; the model is loaded only where there is work left."""
         return {"load": lambda: self.load(weights), "collator": self.collator, "prompts": self.prompts}
 
 
-def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
+def adapt(config: AdaptConfig | None = None, *, rank: Rank | None = None, **options: Any) -> AdaptResult:
     """Run every stage that is not complete yet; returns where the adapted model is.
 
     Takes an :class:`AdaptConfig` or its fields as keywords. Calling it again with the same configuration resumes a
-    killed run and returns at once from a finished one.
+    killed run and returns at once from a finished one. Of several processes (see :class:`Adaptation`) rank 0 returns
+    the weights; the others return without any once nothing is left to share.
 
     Raises:
         LeamlError: bad input or configuration, before anything is trained or written over.
@@ -303,7 +352,9 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
         config = AdaptConfig(**options)
     elif options:
         config = dataclasses.replace(config, **options)
-    run = Adaptation(config)
+    run = Adaptation(config, rank)
+    if config.method == "labels" and not run.rank.leads:
+        return AdaptResult(config.output, {}, {})
     selection = None
     if config.method == "leaml" or config.finetune.mode == "selected":
         selection = run.relevance()
@@ -311,6 +362,8 @@ def adapt(config: AdaptConfig | None = None, **options: Any) -> AdaptResult:
     if config.method == "leaml":
         generator = run.train_generator(selection)
         shards = run.verify(generator, run.generate(generator))
+        if not run.rank.leads:
+            return AdaptResult(config.output, {}, {})
         pairs = run.filter(shards)
     tuned = run.finetune(pairs, selection)
     metrics = run.evaluate(tuned) if run.inputs.questions else {}
@@ -328,50 +381,119 @@ def _link_weights(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-def _check_samples(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
-    """Decode every picture once before a run begins, and encode every sample if a length limit is set.
+def _check_labels(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
+    """Decode every labelled picture once before a run begins, and encode every sample if a length limit is set.
 
     Without a limit only the pictures of the most extreme sizes are encoded: processors refuse some.
     """
-    from leaml_plugin import models
-    from leaml_plugin.data import Collator, check_images
+    from leaml_plugin.data import check_images
 
-    extremes: dict[str, tuple[float, QA | Picture]] = {}
+    extremes: dict[str, tuple[float, QA]] = {}
 
-    def measure(record: QA | Picture, picture: Image) -> None:
+    def measure(record: QA, picture: Image) -> None:
         width, height = picture.size
         sizes = {"longest": max(width / height, height / width), "smallest": -min(width, height)}
         for name, value in sizes.items():
             if name not in extremes or value > extremes[name][0]:
                 extremes[name] = value, record
 
-    for records in (inputs.labels, inputs.pictures, inputs.questions):
+    for records in (inputs.labels, inputs.questions):
         check_images(records, seen=measure)
-    processor = models.load_processor(config.model, trust_remote_code=config.trust_remote_code)
-    collator = Collator(processor, prompts, max_length=config.max_length or None)
+    collator = _plain_collator(config, prompts, config.max_length or None)
     for _, record in extremes.values():
-        collator.prompt_features(prompts.vqa(record) if isinstance(record, QA) else prompts.caption(record))
+        collator.prompt_features(prompts.vqa(record))
     if config.max_length:
-        _check_lengths(collator, prompts, inputs)
+        turns = [turn for qa in inputs.labels for turn in (prompts.vqa(qa), prompts.generate_target(qa))]
+        turns += [prompts.vqa(qa) for qa in inputs.questions]
+        for turn in track(turns, "checking lengths", unit="sample"):
+            collator.features(turn)
 
 
-def _check_lengths(collator: Collator, prompts: Prompts, inputs: Inputs) -> None:
-    """Encode everything that will be trained on once, so that a sample that is too long is told before training."""
-    turns = [turn for qa in inputs.labels for turn in (prompts.vqa(qa), prompts.generate_target(qa))]
-    turns += [turn for turn in map(prompts.caption, inputs.pictures) if turn.target]
-    turns += [prompts.vqa(qa) for qa in inputs.questions]
-    for turn in track(turns, "checking lengths", unit="sample"):
-        collator.features(turn)
+def _sort_out(config: AdaptConfig, inputs: Inputs) -> Inputs:
+    """The inputs without the unlabelled pictures that cannot be used.
+
+    Raises:
+        LeamlError: no picture is left.
+    """
+    from leaml_plugin.data.images import sort_out
+
+    bad, skipped = bytearray(), Spool(Skipped)
+    for picture, why in sort_out(inputs.pictures, decoded=DECODED):
+        bad.append(bool(why))
+        if why:
+            skipped.append(Skipped(picture.id, picture.images, why))
+    reasons = skipped.finish()
+    if not reasons:
+        return inputs
+    if len(reasons) == len(bad):
+        raise LeamlError(
+            f"{config.unlabeled}: none of the {len(bad)} pictures can be used; the first: {reasons[0].reason}"
+        )
+    usable = Chosen(inputs.pictures, (n for n, gone in enumerate(bad) if not gone))
+    return dataclasses.replace(inputs, pictures=usable, skipped=reasons)
 
 
-def _keep_inputs(run: RunDirectory, inputs: Inputs) -> None:
-    """Copy the records into the run, so that a report needs nothing else."""
-    stage = run.stage("inputs")
-    if not stage.done:
-        write_records(stage.file("labels.jsonl"), inputs.labels)
-        write_records(stage.file("pictures.jsonl"), inputs.pictures)
-        write_records(stage.file("questions.jsonl"), inputs.questions)
-        stage.finish()
+def _check_pictures(config: AdaptConfig, prompts: Prompts, inputs: Inputs) -> None:
+    """Encode some of the unlabelled pictures: what all of them have in common is told before training.
+
+    Raises:
+        LeamlError: the processor refuses every one of them, or a caption is too long for the length limit.
+    """
+    count = len(inputs.pictures)
+    if not count:
+        return
+    collator = _plain_collator(config, prompts, None)
+    refused, accepted = None, False
+    number = DECODED if config.max_length else 8
+    for n in sorted({n * count // number for n in range(number)}):
+        turn = prompts.caption(inputs.pictures[n])
+        try:
+            length = len(collator.features(turn) if turn.target else collator.prompt_features(turn))
+        except LeamlError as error:
+            refused = refused or error
+            continue
+        accepted = True
+        if not config.max_length:
+            break
+        if length > config.max_length and turn.target:
+            _plain_collator(config, prompts, config.max_length).features(turn)  # raises
+    if refused is not None and not accepted:
+        raise refused
+
+
+def _plain_collator(config: AdaptConfig, prompts: Prompts, max_length: int | None) -> Collator:
+    from leaml_plugin import models
+    from leaml_plugin.data import Collator
+
+    processor = models.load_processor(config.model, trust_remote_code=config.trust_remote_code)
+    return Collator(processor, prompts, max_length=max_length)
+
+
+def _keep_inputs(run: RunDirectory, inputs: Callable[[], Inputs]) -> None:
+    """Copy the records into the run, so that later stages, other ranks and a report need nothing else."""
+    stage = run.stage(INPUTS)
+    if stage.done:
+        return
+    found = inputs()
+    for name, records in (("labels", found.labels), ("pictures", found.pictures), ("questions", found.questions)):
+        write_records(stage.file(f"{name}.jsonl"), records)
+    write_records(stage.file("skipped.jsonl"), found.skipped)
+    if found.skipped:
+        write_records(run.skipped, found.skipped)
+        print(
+            f"leaml: warning: {len(found.skipped)} of {len(found.skipped) + len(found.pictures)} unlabelled pictures "
+            f"cannot be used and are left out, the first: {found.skipped[0].reason} ({run.skipped} has all)",
+            file=sys.stderr,
+        )
+    stage.finish()
+
+
+def _kept_inputs(run: RunDirectory) -> Inputs:
+    """What :func:`_keep_inputs` wrote."""
+    stage = run.stage(INPUTS)
+    labels, questions = (list(read_records(stage.file(f"{name}.jsonl"), QA)) for name in ("labels", "questions"))
+    pictures = RecordFile(stage.file("pictures.jsonl"), Picture)
+    return Inputs(labels, pictures, questions, RecordFile(stage.file("skipped.jsonl"), Skipped))
 
 
 def _identity(config: AdaptConfig) -> dict[str, Any]:
@@ -389,13 +511,13 @@ def _fingerprints(config: AdaptConfig, inputs: Inputs, prompts_version: str) -> 
     """
     from leaml_plugin import models
 
+    def row(record: Any) -> dict[str, Any]:
+        data = to_json(record)
+        data["bytes"] = [os.path.getsize(uri) if os.path.isfile(uri) else None for uri in data["images"]]
+        return data
+
     def of(records: Sequence[Any]) -> str:
-        rows = []
-        for record in records:
-            row = to_json(record)
-            row["bytes"] = [os.path.getsize(u) if os.path.isfile(u) else None for u in row["images"]]
-            rows.append(row)
-        return fingerprint(rows)
+        return fingerprint_rows(map(row, records))
 
     return {
         "labeled": of(inputs.labels),

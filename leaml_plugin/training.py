@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,32 +108,67 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Stream:
-    """Samples of one origin and how many of them a step takes; each epoch visits every sample once."""
+    """Samples of one origin and how many of them a step takes; each epoch visits every sample once.
+
+    ``skips``: a sample that cannot be read (a damaged picture among unlabelled ones) gives way to the next one of its
+    epoch, instead of ending the training. Which one that is depends on the step and the seed alone.
+    """
 
     name: str
     turns: Sequence[Turn]
     count: int
+    skips: bool = False
 
     def take(self, step: int, seed: int) -> list[Turn]:
-        n = len(self.turns)
+        return [self._turn(position, seed) for position in range(step * self.count, (step + 1) * self.count)]
+
+    def take_readable(self, step: int, seed: int, read: Callable[[Turn], Any], label: str) -> list[Turn]:
+        """As :meth:`take`, with what ``read`` raises a :class:`LeamlError` for replaced or, without ``skips``, raised.
+
+        Raises:
+            LeamlError: too many samples in a row cannot be read.
+        """
+        if not self.skips:
+            return self.take(step, seed)
         out = []
         for position in range(step * self.count, (step + 1) * self.count):
-            epoch, offset = divmod(position, n)
-            out.append(self.turns[_permutation(n, seed, self.name, epoch)[offset]])
+            for further in range(min(len(self.turns), _IN_A_ROW)):
+                turn = self._turn(position, seed, further)
+                try:
+                    read(turn)
+                except LeamlError as error:
+                    last = error
+                    if turn.id not in _TOLD:
+                        _TOLD.add(turn.id)
+                        print(f"leaml: warning: {label}: left out: {error}", file=sys.stderr)
+                    continue
+                out.append(turn)
+                break
+            else:
+                raise LeamlError(
+                    f"{label}: of the stream {self.name!r} {further + 1} samples in a row cannot be read: {last}"
+                )
         return out
 
+    def _turn(self, position: int, seed: int, further: int = 0) -> Turn:
+        n = len(self.turns)
+        epoch, offset = divmod(position, n)
+        return self.turns[int(_permutation(n, seed, self.name, epoch)[(offset + further) % n])]
 
-_PERMUTATIONS: dict[tuple, list[int]] = {}
+
+_IN_A_ROW = 100
+_TOLD: set[str] = set()  # samples whose absence was told already
+_PERMUTATIONS: dict[tuple, torch.Tensor] = {}
 
 
-def _permutation(n: int, seed: int, name: str, epoch: int) -> list[int]:
+def _permutation(n: int, seed: int, name: str, epoch: int) -> torch.Tensor:
     key = (n, seed, name, epoch)
     if key not in _PERMUTATIONS:
         if len(_PERMUTATIONS) > 16:
             _PERMUTATIONS.clear()
         digest = hashlib.sha256(f"{seed}/{name}/{epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        _PERMUTATIONS[key] = torch.randperm(n, generator=generator).tolist()
+        _PERMUTATIONS[key] = torch.randperm(n, generator=generator)
     return _PERMUTATIONS[key]
 
 
@@ -202,8 +238,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses = {}
         for objective in objectives:
-            turns = [turn for stream in objective.streams for turn in stream.take(step, config.seed)]
-            losses[objective.name] = _backward(model, collator, turns, objective, config, device)
+            turns, batches = _batches(collator, objective, config, step, label)
+            losses[objective.name] = _backward(model, batches, objective, config, device)
             if not math.isfinite(losses[objective.name]):
                 raise LeamlError(
                     f"{label}: the {objective.name} loss is {losses[objective.name]} at step {step} "
@@ -233,17 +269,38 @@ def train(
     model.train(was_training)
 
 
+def _batches(
+    collator: Collator, objective: Objective, config: TrainConfig, step: int, label: str
+) -> tuple[list[Turn], list[Mapping[str, torch.Tensor]]]:
+    """The samples of a step and their forward passes."""
+
+    def collate(turns: Sequence[Turn]) -> list[Mapping[str, torch.Tensor]]:
+        size = config.micro_batch or len(turns)
+        return [collator(turns[i : i + size]) for i in range(0, len(turns), size)]
+
+    turns = [turn for stream in objective.streams for turn in stream.take(step, config.seed)]
+    try:
+        return turns, collate(turns)
+    except LeamlError:
+        if not any(stream.skips for stream in objective.streams):
+            raise
+
+    def read(turn: Turn) -> None:
+        collator([turn])
+
+    readable = [s.take_readable(step, config.seed, read, label) for s in objective.streams]
+    turns = [turn for some in readable for turn in some]
+    return turns, collate(turns)
+
+
 def _backward(
     model: nn.Module,
-    collator: Collator,
-    turns: Sequence[Turn],
+    batches: Sequence[Mapping[str, torch.Tensor]],
     objective: Objective,
     config: TrainConfig,
     device: torch.device,
 ) -> float:
     """Add the gradients of one objective; return its unweighted loss, the mean over all target tokens of the step."""
-    size = config.micro_batch or len(turns)
-    batches = [collator(turns[i : i + size]) for i in range(0, len(turns), size)]
     tokens = [int((batch["labels"] != -100).sum()) for batch in batches]
     total = 0.0
     for batch, n in zip(batches, tokens):

@@ -241,7 +241,9 @@ def _a_shape_that_the_processor_refuses(p):
     from PIL import Image
 
     Image.new("RGB", (2000, 2)).save(p / "images" / "wide.png")
-    return ["wide.png", "aspect ratio"]
+    with open(p / "train.jsonl", "a") as f:
+        f.write('{"image": "images/wide.png", "question": "q", "answer": "a"}\n')
+    return ["train.jsonl", "line 5", "aspect ratio"]
 
 
 def _no_labels(p):

@@ -21,6 +21,7 @@ from leaml_plugin.optim import SparseAdamW
 from leaml_plugin.records import QA
 from leaml_plugin.selection import Selection
 from leaml_plugin.selective import attach
+from leaml_plugin.sequences import Mapped
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _streams(config: FinetuneConfig, prompts: Prompts, labels: Sequence[QA], pse
     from_pseudo = min(batch - 1, max(1, round(config.pseudo_share * batch))) if pseudo else 0
     streams = [Stream("labels", [prompts.vqa(qa) for qa in labels], batch - from_pseudo)]
     if from_pseudo:
-        streams.append(Stream("pseudo", [prompts.vqa(qa) for qa in pseudo], from_pseudo))
+        streams.append(Stream("pseudo", Mapped(pseudo, prompts.vqa), from_pseudo, skips=True))
     return streams
 
 

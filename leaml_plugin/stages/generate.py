@@ -1,9 +1,10 @@
 """Stage 3, pseudo-QA generation: the QA generator writes questions and answers for the unlabelled pictures.
 
 Several samples a picture, drawn with a seed per picture and sample, so that neither the batch nor the shard that a
-picture falls into changes what is written. Shards are written whole and in order: the next run starts at the first
-one that is missing. With a target mix the samples of a picture are dealt to families of questions, by the same seed:
-each begins as its family does and the generator goes on from there.
+picture falls into changes what is written. Shards are written whole and the ranks of a run share them; the next run
+writes those that are missing. Pictures are read as a stream: a shard of them is in memory. With a target mix the
+samples of a picture are dealt to families of questions, by the same seed: each begins as its family does and the
+generator goes on from there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from leaml_plugin.artifacts import StageDirectory, write_json, write_records
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.families import Families, Mix, deal
 from leaml_plugin.progress import Progress
-from leaml_plugin.records import QA, Picture, PseudoQA
+from leaml_plugin.records import QA, UNREADABLE, Picture, PseudoQA
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts, Turn
@@ -81,42 +83,63 @@ def run(
     if stage.done:
         return stage.shards()
     steer = steering(config, labels)
-    if steer is not None:
+    if steer is not None and stage.rank.leads:
         write_json(stage.file(FAMILIES), steer.to_json())
-    shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
-    missing = [i for i in range(len(shards)) if not stage.shard(i).exists()]
-    if missing:
-        from leaml_plugin.inference import Sampling, generate
-
-        loaded = load()
-        collate = collator(loaded)
-        sampling = None
-        if config.temperature > 0:
-            sampling = Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-        written = sum(len(shard) for i, shard in enumerate(shards) if i not in set(missing))
-        bar = Progress("pseudo-QA", len(pictures) * config.samples, unit="text", start=written * config.samples)
-        for i in missing:
-            by_id = {picture.id: picture for picture in shards[i]}
-            out = []
-            for text in generate(
-                loaded,
-                [_turn(config, prompts, steer, picture) for picture in shards[i]],
-                collator=collate,
-                batch_size=config.batch_size,
-                max_new_tokens=config.max_new_tokens,
-                sampling=sampling,
-                num_samples=config.samples,
-                return_logprobs=True,
-                progress=False,
-            ):
-                question, answer = prompts.parse_generated(text.text) or ("", "")
-                images = by_id[text.id].images
-                out.append(PseudoQA(text.id, images, text.sample, text.text, question, answer, text.logprob))
-                bar.update()
-            write_records(stage.shard(i), out)
-        bar.close()
-    stage.finish()
+    size = config.shard_size
+    write: Callable[[Sequence[Picture], Progress], list[PseudoQA]] | None = None
+    bar = Progress("pseudo-QA", len(pictures), unit="picture", start=min(len(pictures), size * len(stage.shards())))
+    for i in stage.open_shards(-(-len(pictures) // size)):
+        if write is None:  # the model is loaded where there is work left
+            loaded = load()
+            write = partial(write_pairs, config, loaded, collator(loaded), prompts, steer)
+        shard = pictures[i * size : (i + 1) * size]
+        write_records(stage.shard(i), write(shard, bar))
+    bar.close()
+    stage.finish_shards()
     return stage.shards()
+
+
+def write_pairs(
+    config: GenerateConfig,
+    loaded: Loaded,
+    collator: Collator,
+    prompts: Prompts,
+    steer: Mix | None,
+    pictures: Sequence[Picture],
+    bar: Progress | None = None,
+) -> list[PseudoQA]:
+    """The pairs of one shard, the samples of a picture one after the other.
+
+    A picture that cannot be read makes one pair without question, whose reason says so.
+    """
+    from leaml_plugin.inference import Sampling, generate
+
+    sampling = None
+    if config.temperature > 0:
+        sampling = Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
+    failed: dict[str, str] = {}
+    written: dict[str, list[PseudoQA]] = {picture.id: [] for picture in pictures}
+    images = {picture.id: picture.images for picture in pictures}
+    for text in generate(
+        loaded,
+        [_turn(config, prompts, steer, picture) for picture in pictures],
+        collator=collator,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        sampling=sampling,
+        num_samples=config.samples,
+        return_logprobs=True,
+        progress=False,
+        on_error=lambda turn, error: failed.update({turn.id: str(error)}),
+    ):
+        question, answer = prompts.parse_generated(text.text) or ("", "")
+        pair = PseudoQA(text.id, images[text.id], text.sample, text.text, question, answer, text.logprob)
+        written[text.id].append(pair)
+        if bar is not None and text.sample + 1 == config.samples:
+            bar.update()
+    for name, why in failed.items():
+        written[name] = [PseudoQA(name, images[name], 0, "", checks={UNREADABLE: why}, reason=UNREADABLE)]
+    return [pair for pairs in written.values() for pair in pairs]
 
 
 def steering(config: GenerateConfig, labels: Sequence[QA]) -> Mix | None:

@@ -20,6 +20,7 @@ from leaml_plugin.optim import SparseAdamW
 from leaml_plugin.records import QA, Picture
 from leaml_plugin.selection import Selection
 from leaml_plugin.selective import attach
+from leaml_plugin.sequences import Chosen, Mapped
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def run(
     model = loaded.model
     stored = model.dtype
     qa_turns = [prompts.generate_target(qa) for qa in labels]
-    caption_turns = [turn for turn in map(prompts.caption, pictures) if turn.target]
+    captioned = Chosen(pictures, (n for n, picture in enumerate(pictures) if picture.caption))
+    caption_turns = Mapped(captioned, prompts.caption)
     asked = config.train.batch_size // 2 if config.qa_task == "both" else 0
     streams = [Stream("labels", qa_turns, config.train.batch_size - asked)]
     if asked:
@@ -94,7 +96,7 @@ def run(
     distils = config.caption_weight > 0
     if distils and not caption_turns:
         raise LeamlError("generator: no picture has a caption; give --captions, or set generator.caption_weight=0.")
-    captions = Stream("captions", caption_turns, config.caption_batch or config.train.batch_size)
+    captions = Stream("captions", caption_turns, config.caption_batch or config.train.batch_size, skips=True)
 
     for p in model.parameters():
         p.requires_grad_(config.qa_updates == "all")

@@ -20,7 +20,7 @@ from leaml_plugin.artifacts import StageDirectory, read_records, write_records
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.metrics import normalise_question
 from leaml_plugin.progress import Progress
-from leaml_plugin.records import QA, PseudoQA
+from leaml_plugin.records import QA, UNREADABLE, PseudoQA
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts, Turn
@@ -78,18 +78,18 @@ def run(
         return list(shards)
     if stage.done:
         return stage.shards()
-    missing = [i for i in range(len(shards)) if not stage.shard(i).exists()]
-    if missing:
-        loaded = load()
-        collate = collator(loaded)
-        bar = Progress("verification", len(shards), unit="shard", start=len(shards) - len(missing))
-        for i in missing:
-            pairs = list(read_records(shards[i], PseudoQA))
-            told = captions(i) if config.caption else {}
-            write_records(stage.shard(i), check(config, loaded, collate, prompts, pairs, told))
-            bar.update()
-        bar.close()
-    stage.finish()
+    ready: tuple[Loaded, Collator] | None = None
+    bar = Progress("verification", len(shards), unit="shard", start=len(stage.shards()))
+    for i in stage.open_shards(len(shards)):
+        if ready is None:  # the model is loaded where there is work left
+            loaded = load()
+            ready = loaded, collator(loaded)
+        pairs = list(read_records(shards[i], PseudoQA))
+        told = captions(i) if config.caption else {}
+        write_records(stage.shard(i), check(config, *ready, prompts, pairs, told))
+        bar.update()
+    bar.close()
+    stage.finish_shards()
     return stage.shards()
 
 
@@ -101,7 +101,10 @@ def check(
     pairs: Sequence[PseudoQA],
     captions: Mapping[str, str] | None = None,
 ) -> list[PseudoQA]:
-    """The pairs with the second answers; a question that several samples of a picture share is asked once."""
+    """The pairs with the second answers; a question that several samples of a picture share is asked once.
+
+    A pair whose picture cannot be read any more gets that as its reason.
+    """
     asked: dict[str, QA] = {}
     told: dict[str, Turn] = {}
     captions = captions or {}
@@ -121,7 +124,12 @@ def check(
         _ask(config, loaded, collator, turns, answers, BLIND)
     if config.caption:
         _ask(config, loaded, collator, told, answers, CAPTION)
-    return [dataclasses.replace(pair, checks=answers.get(_key(pair), {})) for pair in pairs]
+    return [_checked(pair, answers.get(_key(pair), {})) for pair in pairs]
+
+
+def _checked(pair: PseudoQA, answers: Mapping[str, str]) -> PseudoQA:
+    reason = UNREADABLE if UNREADABLE in answers else pair.reason
+    return dataclasses.replace(pair, checks={**pair.checks, **answers}, reason=reason)
 
 
 def _key(pair: PseudoQA) -> str:
@@ -146,5 +154,6 @@ def _ask(
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         progress=False,
+        on_error=lambda turn, error: answers[turn.id].update({UNREADABLE: str(error)}),
     ):
         answers[out.id][name] = out.text
