@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   leaml study --labels 0.01 0.05 0.2                     # the curve over label budgets
   leaml study --summary --page docs/study.md --plot docs/study.svg    # nothing is run: tables from the results
   leaml study --tune                                     # learning rates, on the garden world
+  leaml study --filters --world endoscopy --seeds 3      # what each filter of pseudo-QA removes, against the truth
+  leaml study --filters --accuracy --page docs/pseudo-labels.md       # and what it does to the final accuracy
 """
 MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 
@@ -32,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="begin no run after so many seconds; the same command goes on later")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the protocol")
     parser.add_argument("--tune", action="store_true", help="tune learning rates on the garden world")
+    parser.add_argument("--filters", action="store_true",
+                        help="measure each filter of pseudo-QA against the truth instead")  # fmt: skip
+    parser.add_argument("--accuracy", action="store_true",
+                        help="with --filters: also train a VQA model on what each filter leaves")  # fmt: skip
     parser.add_argument("--summary", action="store_true", help="run nothing, summarise the results that are there")
     parser.add_argument("--json", metavar="FILE", help="write the summary as JSON")
     parser.add_argument("--page", metavar="FILE", help=f"write the tables into a page, between {MARKS[0]} and its end")
@@ -63,6 +69,10 @@ def main(args: argparse.Namespace) -> int:
     if args.page and not (Path(args.page).is_file() and all(m in Path(args.page).read_text() for m in MARKS)):
         raise LeamlError(f"{args.page}: has no line {MARKS[0]} and {MARKS[1]}, between which the tables would go.")
     directory = Path(args.results)
+    if args.filters:
+        return _filters(args, protocol, checkpoint, directory, worlds)
+    if args.accuracy:
+        raise LeamlError("--accuracy belongs to --filters; without that, a study's runs have their accuracy anyway.")
     if args.tune:
         return _tune(args, protocol, checkpoint, directory, methods)
     return _study(args, protocol, checkpoint, directory, worlds, methods)
@@ -72,7 +82,7 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
     import json
     from pathlib import Path
 
-    from leaml_plugin.artifacts import write_json, write_text
+    from leaml_plugin.artifacts import write_json
     from leaml_plugin.study import summary
     from leaml_plugin.study.protocol import budget_of
     from leaml_plugin.study.runner import (
@@ -124,11 +134,58 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
 
         draw(results, Path(args.plot))
     if args.page:
-        page = Path(args.page)
-        before, rest = page.read_text(encoding="utf-8").split(MARKS[0], 1)
-        plot = Path(args.plot).name if args.plot else ""
-        body = summary.page(results, plot)
-        write_text(page, f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")
+        _write_page(args.page, summary.page(results, Path(args.plot).name if args.plot else ""))
+    return 0
+
+
+def _write_page(path: str, body: str) -> None:
+    """Put ``body`` between the marks of a page."""
+    from pathlib import Path
+
+    from leaml_plugin.artifacts import write_text
+
+    page = Path(path)
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0], 1)
+    write_text(page, f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")
+
+
+def _filters(args, protocol, checkpoint, directory, worlds) -> int:
+    import time
+    from pathlib import Path
+
+    import torch
+
+    from leaml_plugin.artifacts import write_json
+    from leaml_plugin.study import filters, summary
+    from leaml_plugin.study.runner import Study
+
+    torch.set_num_threads(args.threads)
+    study, labels, start = Study(protocol, checkpoint), args.labels[0], time.monotonic()
+    done = True
+    # every seed's counts before any training
+    for accuracy in (False, True) if args.accuracy else (False,):
+        for seed in range(args.seeds):
+            for world in worlds:
+                left = args.time - (time.monotonic() - start)
+                if args.summary:
+                    continue
+                if left <= 0:
+                    done = False
+                    continue
+                done &= filters.run(study, world, labels, seed, directory, accuracy=accuracy, stop_after=left)
+    found = {world: filters.load(study, world, labels, range(args.seeds), directory) for world in worlds}
+    for world, results in found.items():
+        if results:
+            print(f"{world}, each filter alone")
+            print(summary.text_table(filters.ALONE, filters.alone_cells(results)))
+            print(f"\n{world}, one after the other")
+            print(summary.text_table(filters.SEQUENCE, filters.sequence_cells(results)) + "\n")
+    if not done:
+        print("some runs are left; the same command goes on with them.")
+    if args.json:
+        write_json(Path(args.json), found)
+    if args.page:
+        _write_page(args.page, filters.page(found))
     return 0
 
 

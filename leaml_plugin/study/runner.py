@@ -379,6 +379,39 @@ class Study:
         ]
         train(model, self._collator(tuned), objectives, parameters, optimizer, settings, stage, label="joint")
 
+    # -- pseudo-QA and what it teaches, apart --------------------------------------------------------------------------
+
+    def write(self, world: str, labels: float, seed: int) -> Written:
+        """The pairs that LEAML's generator writes, with every second answer, unfiltered."""
+        at = self.world(world)
+        budget = at.labels(labels, seed)
+        configs = stage_configs(
+            self.protocol, "leaml", seed, learning_rate("leaml"), learning_rate(finetune_source(self.protocol))
+        )
+        configs["verify"] = dataclasses.replace(configs["verify"], round_trip=True, blind=True, caption=True)
+        with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
+            stages = Stages(Path(folder))
+            selection = self._select(configs["relevance"], at, budget, stages)
+            shards = self._write_pairs(configs, selection, budget, stages)
+            pairs = [pair for path in shards for pair in read_records(path, PseudoQA)]
+        return Written(at, budget, configs, selection, pairs)
+
+    def taught(self, written: Written, kept: Sequence[PseudoQA]) -> list[Prediction]:
+        """What a VQA model that learns from the labels and these pairs answers to the test questions."""
+        tuned = self._copy()
+        with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
+            finetune.run(
+                written.configs["finetune"],
+                Stages(Path(folder))["finetune"],
+                load=lambda: tuned,
+                collator=self._collator,
+                prompts=self.prompts,
+                labels=written.budget.qas,
+                pseudo=[pair.as_qa() for pair in kept],
+                selection=written.selection,
+            )
+        return self._answer(Loaded(tuned.model.eval(), tuned.processor, tuned.path), written.world.test)
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _copy(self, vision: bool = False) -> Loaded:
@@ -433,6 +466,17 @@ class Study:
             "qa_points": 100 * (before["qa"] - after["qa"]),
             "caption_loss": after["caption_loss"] - before["caption_loss"],
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """The unfiltered pairs of one budget and seed, and what they were made with."""
+
+    world: World
+    budget: Labels
+    configs: Mapping[str, Any]
+    selection: Selection
+    pairs: list[PseudoQA]
 
 
 class Stages:
