@@ -105,13 +105,14 @@ LEAML_HD void load_lanes(const fp16* p, typename Vec<W>::f32* out) {
 LEAML_HD int lane(const bf16*, int i) { return i / 2 + (i % 2) * (kLanes / 2); }
 LEAML_HD int lane(const void*, int i) { return i; }
 
-template <int W, class A, class B>
+template <int W, bool Absolute, class A, class B>
 LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
   typedef typename Vec<W>::u32 U;
   typedef typename Vec<W>::f32 F;
   constexpr int vectors = kLanes / W;
   F wg[vectors], abs_wg[vectors], gg[vectors];
-  get(lanes.wg, wg), get(lanes.abs_wg, abs_wg), get(lanes.gg, gg);
+  get(lanes.wg, wg), get(lanes.gg, gg);
+  if constexpr (Absolute) get(lanes.abs_wg, abs_wg);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     F a[vectors], b[vectors];
@@ -128,16 +129,17 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
     for (int k = 0; k < vectors; ++k) {
       const F p = a[k] * b[k];
       wg[k] += p;
-      abs_wg[k] += (F)((U)p & 0x7fffffffu);
+      if constexpr (Absolute) abs_wg[k] += (F)((U)p & 0x7fffffffu);
       gg[k] += b[k] * b[k];
     }
   }
-  put(wg, lanes.wg), put(abs_wg, lanes.abs_wg), put(gg, lanes.gg);
+  put(wg, lanes.wg), put(gg, lanes.gg);
+  if constexpr (Absolute) put(abs_wg, lanes.abs_wg);
   for (int k = 0; i < n; ++i, ++k) {
     const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
     const int j = lane(g, k);
     lanes.wg[j] += p;
-    lanes.abs_wg[j] += fabsf(p);
+    if constexpr (Absolute) lanes.abs_wg[j] += fabsf(p);
     lanes.gg[j] += b * b;
   }
 }
@@ -214,25 +216,31 @@ LEAML_V3 void store_f16_v3(const float* values, int64_t n, fp16* target) {
   for (; i < n; ++i) from_float(values[i], target[i]);
 }
 
-#define LEAML_RELEVANCE(name, A, B) \
+#define LEAML_RELEVANCE_FOR(name, A, B, absolute) \
   LEAML_V4 void name##_v4(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<16>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+    relevance_body<16, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
   } \
   LEAML_V3 void name##_v3(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<8>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+    relevance_body<8, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
   } \
   void name##_v2(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<4>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+    relevance_body<4, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
   } \
   void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
     level() == 4 ? name##_v4(w, g, n, lanes) : level() == 3 ? name##_v3(w, g, n, lanes) : name##_v2(w, g, n, lanes); \
   }
 #else
-#define LEAML_RELEVANCE(name, A, B) \
+#define LEAML_RELEVANCE_FOR(name, A, B, absolute) \
   void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<4>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+    relevance_body<4, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
   }
 #endif
+#define LEAML_RELEVANCE(name, A, B) \
+  LEAML_RELEVANCE_FOR(name##_signed, A, B, false) \
+  LEAML_RELEVANCE_FOR(name##_both, A, B, true) \
+  void name(const void* w, const void* g, int64_t n, bool absolute, Lanes& lanes) { \
+    absolute ? name##_both(w, g, n, lanes) : name##_signed(w, g, n, lanes); \
+  }
 LEAML_RELEVANCE(relevance_f32_f32, float, float)
 LEAML_RELEVANCE(relevance_bf16_bf16, bf16, bf16)
 LEAML_RELEVANCE(relevance_f16_f16, fp16, fp16)
@@ -322,6 +330,53 @@ LEAML_CLONES void step_clones(float* __restrict w, const float* __restrict g, fl
   }
 }
 
+template <bool Stochastic, class W, class G>
+LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __restrict m, float* __restrict v, int32_t n,
+                            float unscale, float factor, const Hyper& h, const RowCoefficients& c, const Ahead& next,
+                            uint32_t key) {
+  constexpr int32_t chunk = 64, distance = 512;
+  const int32_t lead = n < distance ? n : distance;
+  for (int32_t begin = 0; begin < n; begin += chunk) {
+    // What is needed `distance` elements later, in this row or the next, which lies far away in memory: no hardware
+    // prefetcher finds it. A few lines at a time: a burst would stall on the processor's line buffers.
+    const bool own = begin + lead < n;
+    const int32_t at = own ? begin + lead : begin + lead - n;
+    const W* ahead_w = own ? w : reinterpret_cast<const W*>(next.w);
+    const G* ahead_g = own ? g : reinterpret_cast<const G*>(next.g);
+    const float *ahead_m = own ? m : next.m, *ahead_v = own ? v : next.v;
+    if (ahead_w) {
+      for (int32_t i = 0; i < chunk; i += 64 / int32_t(sizeof(W))) __builtin_prefetch(ahead_w + at + i);
+      for (int32_t i = 0; i < chunk; i += 64 / int32_t(sizeof(G))) __builtin_prefetch(ahead_g + at + i);
+      for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_m + at + i);
+      for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_v + at + i);
+    }
+    const int32_t end = begin + chunk < n ? begin + chunk : n;
+#pragma omp simd
+    for (int32_t i = begin; i < end; ++i) {
+      float value = to_float(w[i]);
+      adamw_element(value, (to_float(g[i]) * unscale) * factor, m[i], v[i], h, c);
+      if constexpr (Stochastic)
+        round_stochastically(value, random_bits(key, uint32_t(i), kWeightStream), w[i]);
+      else
+        from_float(value, w[i]);
+    }
+  }
+}
+
+#define LEAML_STEP_ROW(name, W, G, stochastic) \
+  LEAML_CLONES void name(void* w, const void* g, float* m, float* v, int32_t n, float unscale, float factor, \
+                         const Hyper* hyper, const RowCoefficients* row, const Ahead* next, uint32_t key) { \
+    const Hyper h = *hyper; \
+    const RowCoefficients c = *row; \
+    const Ahead a = *next; \
+    step_row_body<stochastic>(static_cast<W*>(w), static_cast<const G*>(g), m, v, n, unscale, factor, h, c, a, key); \
+  }
+LEAML_STEP_ROW(step_f32_f32, float, float, false)
+LEAML_STEP_ROW(step_bf16_bf16, bf16, bf16, false)
+LEAML_STEP_ROW(step_bf16_bf16_stochastic, bf16, bf16, true)
+LEAML_STEP_ROW(step_bf16_f32, bf16, float, false)
+LEAML_STEP_ROW(step_bf16_f32_stochastic, bf16, float, true)
+
 LEAML_CLONES void decode_clones(const uint8_t* __restrict code, float scale, int64_t n, bool is_signed,
                                 float* __restrict out) {
   if (is_signed) {
@@ -367,20 +422,21 @@ LEAML_CLONES void encode_clones(const float* __restrict values, int64_t n, bool 
 }  // namespace
 
 namespace {
-void add_run(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes) {
-  if (wt == Type::f32) return relevance_f32_f32(w, g, n, lanes);
-  if (wt == Type::bf16) return gt == Type::f32 ? relevance_bf16_f32(w, g, n, lanes) : relevance_bf16_bf16(w, g, n, lanes);
+void add_run(const void* w, Type wt, const void* g, Type gt, int64_t n, bool absolute, Lanes& lanes) {
+  if (wt == Type::f32) return relevance_f32_f32(w, g, n, absolute, lanes);
+  if (wt == Type::bf16)
+    return gt == Type::f32 ? relevance_bf16_f32(w, g, n, absolute, lanes) : relevance_bf16_bf16(w, g, n, absolute, lanes);
 #if defined(LEAML_DISPATCH)
   if (gt == Type::f16 && level() >= 3) {
     const fp16 *a = static_cast<const fp16*>(w), *b = static_cast<const fp16*>(g);
     return level() == 4 ? relevance_f16_v4(a, b, n, lanes) : relevance_f16_v3(a, b, n, lanes);
   }
 #endif
-  return gt == Type::f32 ? relevance_f16_f32(w, g, n, lanes) : relevance_f16_f16(w, g, n, lanes);
+  return gt == Type::f32 ? relevance_f16_f32(w, g, n, absolute, lanes) : relevance_f16_f16(w, g, n, absolute, lanes);
 }
 }  // namespace
 
-void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes) {
+void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, bool absolute, Lanes& lanes) {
   // The hardware keeps up with a stream inside a page and stops at its end: the next pages are touched in time, their
   // translation first. More software prefetching than that makes it slower.
   const int64_t wb = wt == Type::f32 ? 4 : 2, gb = gt == Type::f32 ? 4 : 2;
@@ -391,7 +447,7 @@ void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, La
     __builtin_prefetch(b + (i + 2 * run) * gb);
     __builtin_prefetch(a + (i + run) * wb + 64);
     __builtin_prefetch(b + (i + run) * gb + 64);
-    add_run(a + i * wb, wt, b + i * gb, gt, n - i < run ? n - i : run, lanes);
+    add_run(a + i * wb, wt, b + i * gb, gt, n - i < run ? n - i : run, absolute, lanes);
   }
 }
 
@@ -439,6 +495,14 @@ void store_stochastic(const float* values, int64_t n, void* target, Type type, i
 void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale, float factor, const Hyper& h,
           const RowCoefficients& c, const Ahead& ahead) {
   step_clones(w, g, m, v, n, unscale, factor, &h, &c, ahead);
+}
+
+void step_row(void* w, Type wt, const void* g, Type gt, float* m, float* v, int64_t n, float unscale, float factor,
+              const Hyper& h, const RowCoefficients& c, const Ahead& next, bool stochastic, uint32_t key) {
+  const auto run = wt == Type::f32   ? step_f32_f32
+                   : gt == Type::f32 ? (stochastic ? step_bf16_f32_stochastic : step_bf16_f32)
+                                     : (stochastic ? step_bf16_bf16_stochastic : step_bf16_bf16);
+  run(w, g, m, v, int32_t(n), unscale, factor, &h, &c, &next, key);
 }
 
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out) {

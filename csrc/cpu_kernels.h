@@ -15,8 +15,8 @@ struct Lanes {
   alignas(64) float wg[kLanes], abs_wg[kLanes], gg[kLanes];
 };
 
-// Adds n contiguous elements, the first of which belongs to lane 0.
-void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, Lanes& lanes);
+// Adds n contiguous elements, the first of which belongs to lane 0. abs_wg only where it is asked for.
+void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, bool absolute, Lanes& lanes);
 // The fixed-order total of the lanes.
 Sums total(const Lanes& lanes);
 // acc[j] += for column sums: n columns of one row.
@@ -37,6 +37,11 @@ struct Ahead {
 // One AdamW step of n <= kTile elements. The gradient is multiplied by `unscale`, then by `factor`.
 void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale, float factor, const Hyper& h,
           const RowCoefficients& c, const Ahead& ahead);
+
+// One AdamW step of a whole contiguous row in place, fp32 or bf16 weights and gradients with fp32 state: nothing passes
+// through buffers. `next` is the row to come, with its state. `key` seeds stochastic rounding.
+void step_row(void* w, Type wt, const void* g, Type gt, float* m, float* v, int64_t n, float unscale, float factor,
+              const Hyper& h, const RowCoefficients& c, const Ahead& next, bool stochastic, uint32_t key);
 
 // 8-bit states of n <= kTile elements whose first one starts a block; `column` is its position in the row.
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out);

@@ -34,19 +34,19 @@ void for_items(int64_t count, int64_t elements, const F& f) {
 
 // --- relevance -----------------------------------------------------------------------------------------------------
 
-Sums row_sums(const Matrix& w, const Matrix& g, int64_t row) {
+Sums row_sums(const Matrix& w, const Matrix& g, int64_t row, bool absolute) {
   cpu::Lanes lanes{};
   const char* wp = w.data + row * w.row_stride * bytes(w.dtype);
   const char* gp = g.data + row * g.row_stride * bytes(g.dtype);
   if (w.col_stride == 1 && g.col_stride == 1) {
-    cpu::add_relevance(wp, kernel_type(w.dtype), gp, kernel_type(g.dtype), w.cols, lanes);
+    cpu::add_relevance(wp, kernel_type(w.dtype), gp, kernel_type(g.dtype), w.cols, absolute, lanes);
   } else {
     alignas(64) float wb[cpu::kTile], gb[cpu::kTile];
     for (int64_t c = 0; c < w.cols; c += cpu::kTile) {
       const int64_t n = std::min<int64_t>(cpu::kTile, w.cols - c);
       cpu::load(wp + c * w.col_stride * bytes(w.dtype), kernel_type(w.dtype), w.col_stride, n, wb);
       cpu::load(gp + c * g.col_stride * bytes(g.dtype), kernel_type(g.dtype), g.col_stride, n, gb);
-      cpu::add_relevance(wb, cpu::Type::f32, gb, cpu::Type::f32, n, lanes);
+      cpu::add_relevance(wb, cpu::Type::f32, gb, cpu::Type::f32, n, absolute, lanes);
     }
   }
   return cpu::total(lanes);
@@ -122,6 +122,7 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
   const float* scale = scalar_of(grad_scale, "grad_scale", false, -1);
   const float* skip = scalar_of(found_inf, "found_inf", false, -1);
   std::vector<std::vector<Sums>> sums(parts.size());
+  const bool absolute = std::find(criteria.begin(), criteria.end(), int64_t(kTaylorAbs)) != criteria.end();
   std::vector<Item> items;
   int64_t elements = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -136,7 +137,7 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
     const Item& item = items[size_t(index)];
     const Part& p = parts[item.part];
     if (p.dim == 1) return column_sums(p.w, p.g, item.begin, item.end - item.begin, &sums[item.part][size_t(item.begin)]);
-    for (int64_t r = item.begin; r < item.end; ++r) sums[item.part][size_t(r)] = row_sums(p.w, p.g, r);
+    for (int64_t r = item.begin; r < item.end; ++r) sums[item.part][size_t(r)] = row_sums(p.w, p.g, r, absolute);
   });
   return scalar_tensor(finish(parts, sums, outputs, criteria, scale, skip));
 }
@@ -171,12 +172,6 @@ void check_rows(const std::vector<Update>& updates) {
   }
 }
 
-// One line of each page of a row to come: its address translation is what takes longest.
-void touch_pages(const char* p, int64_t size) {
-  for (int64_t i = 0; i < size; i += 4096) __builtin_prefetch(p + i);
-  if (size > 0) __builtin_prefetch(p + size - 1);
-}
-
 // Rows of one age share their coefficients, whose exponentials cost as much as some hundred elements.
 struct Coefficients {
   float step = -1.0f;
@@ -196,15 +191,22 @@ void step_row(const Update& u, size_t tensor, int64_t j, const Call& call, Coeff
   const char* g_row = u.g.data + source * u.g.row_stride * gb;
   const bool direct = u.w.dtype == Dtype::f32 && u.w.col_stride == 1 && !u.master;
   const bool fits = u.w.col_stride == 1 && u.g.col_stride == 1;
+  const bool whole = fits && !u.master && !eight_bit && u.w.dtype != Dtype::f16 && u.g.dtype != Dtype::f16 &&
+                     (u.w.dtype != Dtype::f32 || u.g.dtype == Dtype::f32) && u.width < INT32_MAX;
   // the next selected row is far away in memory: no hardware prefetcher finds it
   const char* next_w = nullptr;
   const char* next_g = nullptr;
   if (fits && j + 1 < u.k) {
     next_w = u.w.data + u.rows[j + 1] * u.w.row_stride * wb;
     next_g = u.g.data + (u.compact ? j + 1 : u.rows[j + 1]) * u.g.row_stride * gb;
-    const int64_t later = std::min(j + 2, u.k - 1);
-    touch_pages(u.w.data + u.rows[later] * u.w.row_stride * wb, u.width * wb);
-    touch_pages(u.g.data + (u.compact ? later : u.rows[later]) * u.g.row_stride * gb, u.width * gb);
+  }
+  if (whole) {
+    float *m = static_cast<float*>(u.m) + j * u.width, *v = static_cast<float*>(u.v) + j * u.width;
+    const cpu::Ahead next{next_w, next_g, wb, gb, m + u.width, v + u.width};
+    cpu::step_row(w_row, kernel_type(u.w.dtype), g_row, kernel_type(u.g.dtype), m, v, u.width, call.unscale, call.factor,
+                  call.hyper, c, next, stochastic, key);
+    u.step[j] = t;
+    return;
   }
   alignas(64) float w_buffer[cpu::kTile], g_buffer[cpu::kTile], m_buffer[cpu::kTile], v_buffer[cpu::kTile];
   for (int64_t column = 0; column < u.width; column += cpu::kTile) {
@@ -298,6 +300,7 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
                             clip_coef, grad_scale, found_inf);
   std::vector<Part> parts;
   std::vector<std::vector<Sums>> sums(updates.size());
+  const bool absolute = std::find(criteria.begin(), criteria.end(), int64_t(kTaylorAbs)) != criteria.end();
   std::vector<Item> items;
   int64_t elements = 0;
   for (size_t i = 0; i < updates.size(); ++i) {
@@ -316,7 +319,7 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
     int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
     Coefficients known;
     for (int64_t r = item.begin; r < item.end; ++r) {
-      sums[item.part][size_t(r)] = row_sums(u.w, u.g, r);
+      sums[item.part][size_t(r)] = row_sums(u.w, u.g, r, absolute);
       // the row and its gradient are still in the cache
       if (j < u.k && u.rows[j] == r) {
         if (!call.skip) step_row(u, item.part, j, call, known);
