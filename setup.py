@@ -114,7 +114,7 @@ def native_build():
             "leaml_plugin._native",
             ["csrc/native.cpp"],
             include_dirs=[pybind11.get_include()],
-            extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-g0"]},
+            extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0"]},
             language="c++",
         )
         modules.append(native)

@@ -6,8 +6,9 @@ repetitions of ``peer time / our time`` of the same repetition, so a slow moment
 CPU with one thread it is that thread's CPU time that is taken, which a busy neighbour does not lengthen.
 Does not cover: whole training steps (``step``) and correctness (the tests).
 
-The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by a
-read-modify-write of as many bytes, or by reading as many where the op only reads.
+The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by reading as
+many where the op only reads; for a sparse step on a CPU by moving the very same rows and state without any arithmetic,
+since scattered rows cannot stream. ``stream_share`` is the share of what as many adjacent bytes would take.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Row:
     limit_share: float | None
     ratio: dict[str, float]
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+    stream_share: float | None = None
     bytes: int | None = None
     bandwidth_gb_s: float | None = None
     model: str = ""
@@ -154,7 +156,7 @@ def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_byt
     ours = [t["ours"] for t in times]
     result: dict[str, Any] = {"time_ms": statistics.median(ours), "ratio": {}, "spread": {}, "limit_share": None}
     for name in times[0]:
-        if name in ("ours", "limit"):
+        if name in ("ours", "limit", "same_bytes"):
             continue
         ratios = [t[name] / t["ours"] for t in times]
         result["ratio"][name] = round(statistics.median(ratios), 3)
@@ -165,6 +167,12 @@ def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_byt
         result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
         result["bandwidth_gb_s"] = round(measured_bytes / statistics.median(t["limit"] for t in times) / 1e6, 1)
         result["bytes"] = limit_bytes
+    if "same_bytes" in times[0]:
+        result["stream_share"] = result["limit_share"]
+        result["spread"]["stream"] = result["spread"]["limit"]
+        shares = [t["same_bytes"] / t["ours"] for t in times]
+        result["limit_share"] = round(statistics.median(shares), 3)
+        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
     return result
 
 
@@ -179,6 +187,22 @@ class Limit:
         self.buffer = torch.ones(self.elements, device=device)
         self.bytes = self.elements * (4 if read_only else 8)
         self.contender = Contender("limit", self.buffer.sum if read_only else lambda: self.buffer.add_(1.0))
+
+
+def same_bytes(layers: Layers) -> Contender:
+    """The traffic of a sparse step over the selected rows and nothing else: the limit that scattered rows set."""
+    from leaml_plugin import _native
+
+    traffic = _native.RowTraffic()
+    for weight, rows, grad, exp_avg, exp_avg_sq, _ in zip(*layers.step_lists):
+        size = weight.shape[1] * weight.element_size()
+        state = exp_avg.shape[1] * exp_avg.element_size()
+        for number, row in enumerate(rows.tolist()):
+            traffic.add(
+                weight.data_ptr() + row * size, grad.data_ptr() + row * size, exp_avg.data_ptr() + number * state,
+                exp_avg_sq.data_ptr() + number * state, size, state,
+            )  # fmt: skip
+    return Contender("same_bytes", traffic.move)
 
 
 # --- the layers ----------------------------------------------------------------------------------------------------
@@ -347,7 +371,7 @@ class Bench:
     def wanted(self, contenders: list[Contender]) -> list[Contender]:
         if not self.config.peers:
             return contenders
-        return [c for c in contenders if c.name in ("ours", "limit") or c.name in self.config.peers]
+        return [c for c in contenders if c.name in ("ours", "limit", "same_bytes") or c.name in self.config.peers]
 
     def measure(self, op: str, dtype: str, density: float | None, contenders: list[Contender], limit: Limit | None,
                 needed: int | None, layers: Layers | None) -> None:  # fmt: skip
@@ -393,6 +417,8 @@ class Bench:
             Contender("gather_fused_scatter", gather_fused_scatter(layers)),
             Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
         ]
+        if layers.device.type == "cpu":
+            contenders.append(same_bytes(layers))
         if self.config.compile:
             fast = self.compiled(eager_sparse_adamw)
             contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
@@ -559,10 +585,11 @@ def header(info: dict[str, Any]) -> str:
 def line(row: Row) -> str:
     density = "" if row.density is None else f"{row.density:.0%}"
     share = "" if row.limit_share is None else f"limit {row.limit_share:.2f}"
+    share += "" if row.stream_share is None else f" (stream {row.stream_share:.2f})"
     peers = "  ".join(
         f"{name} {value:.2f} [{row.spread[name][0]:.2f}-{row.spread[name][1]:.2f}]" for name, value in row.ratio.items()
     )
-    return f"{row.op:13} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:11} {peers}"
+    return f"{row.op:13} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:25} {peers}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

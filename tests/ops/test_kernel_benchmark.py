@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from leaml_plugin import LeamlError
 from leaml_plugin.benchmark import kernels
@@ -29,6 +30,35 @@ def test_a_share_scales_the_limit_to_the_bytes_needed():
     values = kernels.summary(times, limit_bytes=50, measured_bytes=200)
     assert values["ratio"] == {"peer": 3.0}
     assert values["limit_share"] == 0.5  # 50 bytes take 1 ms, we took 2
+
+
+def test_the_limit_of_scattered_rows_stands_apart_from_that_of_a_stream():
+    times = [{"ours": 2.0, "limit": 4.0, "same_bytes": 1.5}] * 3
+    values = kernels.summary(times, limit_bytes=50, measured_bytes=200)
+    assert values["limit_share"] == 0.75 and values["stream_share"] == 0.5
+    assert values["ratio"] == {}
+
+
+@pytest.mark.parametrize("columns", [5, 64, 200, 2048])
+def test_moving_the_same_bytes_changes_none(native, columns):
+    config = kernels.Config(model="tiny", device="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        layers = kernels.Layers(config, dtype, torch.device("cpu"), 1)
+        if dtype == torch.float32:  # any row length that four bytes divide
+            layers.weights = [w[:, :columns].contiguous() for w in layers.weights]
+            layers.grads = [g[:, :columns].contiguous() for g in layers.grads]
+        layers.select(0.3)
+        held = [*layers.weights, *layers.grads, *layers.exp_avg, *layers.exp_avg_sq]
+        before = [t.clone() for t in held]
+        kernels.same_bytes(layers).run()
+        assert all(torch.equal(a, b) for a, b in zip(before, held))
+
+
+def test_row_traffic_refuses_odd_sizes(native):
+    from leaml_plugin import _native
+
+    with pytest.raises(ValueError, match="got 6 and 8 bytes"):
+        _native.RowTraffic().add(8, 8, 8, 8, 6, 8)
 
 
 def test_bad_options_are_named():
