@@ -120,6 +120,13 @@ class LeamlModel(BaseTuner):
         config.criterion = "random"
         return 0, index
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """LoRA's, by which people look for it: always refused."""
+        raise LeamlError(
+            "LEAML adapters cannot be combined by weights; activate several together with set_adapter([...]), "
+            "or merge them with merge_and_unload(adapter_names=[...])."
+        )
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Mixed batches: hand ``adapter_names`` of a forward call to every adapted layer, as PEFT's LoRA does."""
