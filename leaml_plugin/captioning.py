@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leaml_plugin.artifacts import RunDirectory, atomic_path, fingerprint, read_records
+from leaml_plugin.artifacts import RunDirectory, atomic_path, fingerprint_rows, read_records
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import to_json
 from leaml_plugin.stages import caption
@@ -75,11 +75,11 @@ def write_captions(job: CaptionJob) -> caption.Usage:
         return models.load(path, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code)
 
     inputs = {
-        "images": fingerprint([to_json(picture) for picture in pictures]),
+        "images": fingerprint_rows(map(to_json, pictures)),
         "prompt": prompt.version,
     }
     if job.caption.is_local:
-        path = job.caption.teacher.removeprefix(caption.LOCAL)
+        path = job.caption.path
         models.check(path, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code)
         inputs["teacher"] = models.fingerprint(path)
     directory = RunDirectory.open(job.output + ".run", {"caption": job.caption.identity()}, inputs)

@@ -34,7 +34,8 @@ from leaml_plugin.progress import track
 from leaml_plugin.ranks import Rank, local_device
 from leaml_plugin.records import QA, UNREADABLE, Picture, PseudoQA, Skipped, to_json
 from leaml_plugin.sequences import Chosen, Mapped, RecordFile, Spool
-from leaml_plugin.stages import evaluate, filter, finetune, generate, relevance, train_generator, verify
+from leaml_plugin.stages import caption, evaluate, filter, finetune, generate, relevance, train_generator, verify
+from leaml_plugin.teachers.prompt import TeacherPrompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +58,7 @@ class AdaptConfig:
         labeled: the labelled questions (JSONL, conversations, messages, or a Hugging Face dataset).
         output: run directory; an unfinished run of the same configuration found there is taken up.
         unlabeled: a directory of pictures, a file that lists pictures, or a dataset. Needed by "leaml".
-        captions: the teacher's captions of the unlabelled pictures.
+        captions: the teacher's captions of the unlabelled pictures, in a file.
         evaluation: labelled questions on which the result is scored; may be left out.
         image_root: folder that relative picture paths start from; empty: the folder of the file that names them.
         method: "leaml", or "labels" for plain fine-tuning on the labels alone (the baseline).
@@ -67,6 +68,7 @@ class AdaptConfig:
         max_length: longest sample in tokens, picture tokens included; a longer one is an error. 0: as many as the
             model has positions for.
         trust_remote_code: run code that comes with the model. Off unless you trust its author.
+        caption: the teacher that describes the pictures which have no caption yet; nobody unless one is named.
         relevance, generator, generate, verify, filter, finetune, evaluate: the stages' own configurations.
     """
 
@@ -83,6 +85,7 @@ class AdaptConfig:
     device: str = "auto"
     max_length: int = 0
     trust_remote_code: bool = False
+    caption: caption.CaptionConfig = field(default_factory=caption.CaptionConfig)
     relevance: relevance.RelevanceConfig = field(default_factory=relevance.RelevanceConfig)
     generator: train_generator.GeneratorConfig = field(default_factory=train_generator.GeneratorConfig)
     generate: generate.GenerateConfig = field(default_factory=generate.GenerateConfig)
@@ -158,10 +161,11 @@ def read_inputs(config: AdaptConfig) -> Inputs:
     pictures: Sequence[Picture] = ()
     if config.method == "leaml":
         pictures = load_unlabeled(config.unlabeled, captions=config.captions or None)
-        if config.generator.caption_weight > 0 and not any(picture.caption for picture in pictures):
+        needed = config.generator.caption_weight > 0 and not config.caption.teacher
+        if needed and not any(picture.caption for picture in pictures):
             raise LeamlError(
-                f"{config.unlabeled}: no picture has a caption; give --captions, or turn caption distillation off with "
-                "--caption-weight 0."
+                f"{config.unlabeled}: no picture has a caption; give --captions or --teacher, or turn caption "
+                "distillation off with --caption-weight 0."
             )
     questions = load_labeled(config.evaluation, image_root=root) if config.evaluation else ()
     return Inputs(labels, pictures, questions)
@@ -171,6 +175,7 @@ class Adaptation:
     """One run, stage by stage; :func:`adapt` calls the methods in order.
 
         run = Adaptation(AdaptConfig(model=..., labeled=..., unlabeled=..., captions=..., output=...))
+        run.caption()                                # a teacher's captions, where the configuration names one
         selection = run.relevance()                  # which neurons matter for question answering
         generator = run.train_generator(selection)   # QA loss + caption distillation on those neurons
         shards = run.generate(generator)             # pseudo-QA for the unlabelled pictures
@@ -195,6 +200,7 @@ class Adaptation:
         self.config = config
         self.rank = rank if rank is not None else Rank.here()
         self.prompts = Prompts.load(config.prompts or None)
+        self.teacher_prompt = TeacherPrompt.load(config.caption.prompts or None)
         self.directory = (
             self._open() if self.rank.leads else RunDirectory.join(config.output, _identity(config), self.rank)
         )
@@ -205,9 +211,16 @@ class Adaptation:
         from leaml_plugin import models
 
         config = self.config
+        unused = [f"--{name}" for name in ("unlabeled", "captions") if getattr(config, name)]
+        if config.method == "labels" and unused:
+            print(
+                f'leaml: warning: method "labels" trains on the labels alone and does not read {" and ".join(unused)}.',
+                file=sys.stderr,
+            )
         inputs = read_inputs(config)
         generate.steering(config.generate, inputs.labels)  # refuses a mix that is none
-        models.check(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
+        for path in (config.model, *((config.caption.path,) if config.caption.is_local else ())):
+            models.check(path, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
         usable: list[Inputs] = []
 
         def check() -> None:
@@ -215,9 +228,8 @@ class Adaptation:
             usable.append(_sort_out(config, inputs))
             _check_pictures(config, self.prompts, usable[0])
 
-        directory = RunDirectory.open(
-            config.output, _identity(config), _fingerprints(config, inputs, self.prompts.version), check, self.rank
-        )
+        found = _fingerprints(config, inputs, self.prompts.version, self.teacher_prompt.version)
+        directory = RunDirectory.open(config.output, _identity(config), found, check, self.rank)
         _keep_inputs(directory, lambda: usable[0] if usable else _sort_out(config, inputs))
         return directory
 
@@ -236,6 +248,21 @@ class Adaptation:
 
         limit = self.config.max_length or max_positions(loaded.model)
         return Collator(loaded.processor, self.prompts, max_length=limit, cache_bytes=PICTURE_CACHE)
+
+    def caption(self) -> None:
+        """Let the teacher describe the pictures that have no caption, and go on with these captions."""
+        if not self.config.caption.teacher or self.config.method != "leaml":
+            return
+        pictures, usage = caption.run(
+            self.config.caption,
+            self._stage("caption"),
+            pictures=_kept_inputs(self.directory).pictures,
+            prompt=self.teacher_prompt,
+            load=lambda path: self.load({"path": path}),
+        )
+        self.inputs = dataclasses.replace(self.inputs, pictures=RecordFile(pictures, Picture))
+        if self.rank.leads:
+            print(f"leaml: {usage}", file=sys.stderr)
 
     def relevance(self) -> Selection:
         return relevance.run(
@@ -355,6 +382,7 @@ def adapt(config: AdaptConfig | None = None, *, rank: Rank | None = None, **opti
     run = Adaptation(config, rank)
     if config.method == "labels" and not run.rank.leads:
         return AdaptResult(config.output, {}, {})
+    run.caption()
     selection = None
     if config.method == "leaml" or config.finetune.mode == "selected":
         selection = run.relevance()
@@ -497,13 +525,17 @@ def _kept_inputs(run: RunDirectory) -> Inputs:
 
 
 def _identity(config: AdaptConfig) -> dict[str, Any]:
-    """The part of the configuration that decides the result: everything but where the result goes."""
+    """The part of the configuration that decides the result: not where it goes, nor how servers are spoken to."""
     data = dataclasses.asdict(config)
-    del data["output"]
+    del data["output"], data["caption"]
+    if config.caption.teacher:
+        data["caption"] = config.caption.identity()
     return data
 
 
-def _fingerprints(config: AdaptConfig, inputs: Inputs, prompts_version: str) -> dict[str, str]:
+def _fingerprints(
+    config: AdaptConfig, inputs: Inputs, prompts_version: str, teacher_prompt_version: str
+) -> dict[str, str]:
     """Hashes of what is read; a changed file is another run.
 
     Pictures enter with path and size, not content: hashing a hundred thousand of them would take longer than
@@ -519,10 +551,15 @@ def _fingerprints(config: AdaptConfig, inputs: Inputs, prompts_version: str) -> 
     def of(records: Sequence[Any]) -> str:
         return fingerprint_rows(map(row, records))
 
-    return {
+    found = {
         "labeled": of(inputs.labels),
         "unlabeled": of(inputs.pictures),
         "evaluation": of(inputs.questions),
         "prompts": prompts_version,
         "model": models.fingerprint(config.model),
     }
+    if config.caption.teacher:
+        found["teacher_prompt"] = teacher_prompt_version
+    if config.caption.is_local:
+        found["teacher"] = models.fingerprint(config.caption.path)
+    return found

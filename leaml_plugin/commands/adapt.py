@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   leaml adapt --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf --labeled train.jsonl \\
       --method labels --mode lora --output runs/baseline
   leaml adapt --config endo.json --set relevance.density=0.05 --set finetune.train.steps=500
+  torchrun --nproc-per-node 8 --no-python leaml adapt ...      (pseudo-labels on 8 GPUs)
 every setting:  leaml adapt --show-settings
 """
 
@@ -22,6 +23,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "labeled": ("labeled",),
     "unlabeled": ("unlabeled",),
     "captions": ("captions",),
+    "teacher": ("caption.teacher",),
+    "teacher_model": ("caption.model",),
     "output": ("output",),
     "evaluation": ("evaluation",),
     "image_root": ("image_root",),
@@ -50,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labeled", help="labelled questions: JSONL, conversations, messages, or a Hugging Face dataset")
     add("--unlabeled", help="pictures without labels: a directory, a file that lists them, or a dataset")
     add("--captions", help="the teacher's captions of the unlabelled pictures (JSONL with image and caption)")
+    add("--teacher", help="who captions the pictures without caption: http://host:port/v1, or model:PATH")
+    add("--teacher-model", help="the teacher's name on its server (default: the only one there)")
     add("--output", help="run directory; the same command takes up an unfinished run")
     add("--evaluation", help="labelled questions on which the result is scored")
     add("--image-root", help="folder that relative picture paths start from (default: that of the file)")
@@ -72,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--config", help="JSON or TOML file with settings; options on the command line win over it")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, by its full name; repeatable")
+    add("--rank", type=int, help="which of several processes of this run (from 0); torchrun sets it (docs/scale.md)")
+    add("--world-size", type=int, help="how many processes there are")
     add("--show-settings", action="store_true", help="print every setting with its default and stop")
 
 
@@ -94,13 +101,18 @@ def main(args: argparse.Namespace) -> int:
     from leaml_plugin import report
     from leaml_plugin.artifacts import canonical_json
     from leaml_plugin.pipeline import AdaptConfig, adapt
+    from leaml_plugin.ranks import Rank
     from leaml_plugin.training import config_dict
 
     if args.show_settings:
         defaults = AdaptConfig(model="...", labeled="...", output="...", unlabeled="...")
         print(canonical_json(config_dict(defaults)), end="")
         return 0
-    result = adapt(config.build(AdaptConfig, settings(args)))
+    rank = Rank.here(args.rank, args.world_size)
+    result = adapt(config.build(AdaptConfig, settings(args)), rank=rank)
+    if not rank.leads:
+        print(f"rank {rank.number} of {rank.count}: nothing is left to share; rank 0 finishes {result.output}")
+        return 0
     path = report.write_report(result.output)
     print(report.summary(result.output))
     for kind, where in result.weights.items():

@@ -33,7 +33,7 @@ from leaml_plugin.metrics import (
 from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA
 from leaml_plugin.report.words import CHECKS, family_of
 
-STAGES = ("inputs", "relevance", "train_generator", "generate", "verify", "filter", "finetune", "evaluate")
+STAGES = ("inputs", "caption", "relevance", "train_generator", "generate", "verify", "filter", "finetune", "evaluate")
 NOT_FILTERED = "not_filtered"
 
 
@@ -174,9 +174,10 @@ class Facts:
 
     def pictures(self) -> Iterator[Picture]:
         """The unlabelled pictures in order; those that pseudo-QA was written for where the list is not at hand."""
-        if self._file("inputs", "pictures.jsonl"):
-            yield from self._records("inputs", "pictures.jsonl", Picture)
-            return
+        for stage in ("caption", "inputs"):  # with the teacher's captions, where there was one
+            if self._file(stage, "pictures.jsonl"):
+                yield from self._records(stage, "pictures.jsonl", Picture)
+                return
         last = None
         for path in self.stage("generate").shards():
             for pair in read_records(path, PseudoQA):

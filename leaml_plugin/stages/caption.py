@@ -98,6 +98,11 @@ class CaptionConfig:
     def is_local(self) -> bool:
         return self.teacher.startswith(LOCAL)
 
+    @property
+    def path(self) -> str:
+        """The model of a local teacher."""
+        return self.teacher.removeprefix(LOCAL)
+
     def identity(self) -> dict[str, Any]:
         """What decides the captions: all but where the server is, how it is spoken to, and the batch size."""
         data = dataclasses.asdict(self)
@@ -258,13 +263,12 @@ def _local(
     from leaml_plugin.inference import Sampling
     from leaml_plugin.teachers import local
 
-    path = config.teacher.removeprefix(LOCAL)
     parameters = {name: getattr(config, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
     sampling = Sampling(config.temperature, config.top_p, config.seed) if config.temperature else None
     for item, answer in local.each(
-        load(path), items, prompt, batch_size=config.batch_size, max_tokens=config.max_tokens, sampling=sampling
+        load(config.path), items, prompt, batch_size=config.batch_size, max_tokens=config.max_tokens, sampling=sampling
     ):
-        yield item, answer, _meta(config, prompt, answer, path, parameters)
+        yield item, answer, _meta(config, prompt, answer, config.path, parameters)
 
 
 def _server(
