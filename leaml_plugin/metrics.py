@@ -300,6 +300,44 @@ class BlindMajority:
         return self._best.get(normalise_question(question), self._fallback)
 
 
+class BlindText:
+    """Answers an open question with a labelled answer, the picture unseen: the most typical one of its kind.
+
+    Open answers hardly repeat, so that a majority is of one. Of the labelled answers to the same question (where there
+    are none: to questions of the same ``kind``; else of all) it gives the one whose words agree best, on average, with
+    the others'. Where answers do repeat that is the majority. At most ``most`` answers of a kind are compared, the
+    first in the order given.
+    """
+
+    def __init__(self, labels: Iterable[tuple[str, str, str]], most: int = 200):
+        """``labels``: question, its kind (anything that names one), answer."""
+        self._groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for question, kind, answer in labels:
+            for key in (("question", normalise_question(question)), ("kind", kind), ("all", "")):
+                if len(self._groups[key]) < most:
+                    self._groups[key].append(answer)
+        self._best: dict[tuple[str, str], str] = {}
+
+    def answer(self, question: str, kind: str) -> str | None:
+        """None where there is no label at all."""
+        for key in (("question", normalise_question(question)), ("kind", kind), ("all", "")):
+            if key in self._groups:
+                if key not in self._best:
+                    self._best[key] = self._typical(self._groups[key])
+                return self._best[key]
+        return None
+
+    @staticmethod
+    def _typical(answers: list[str]) -> str:
+        words = [Counter(re.findall(r"\w+", answer.lower())) for answer in answers]
+
+        def agreement(i: int) -> float:
+            sizes = (2 * (words[i] & other).total() / max(words[i].total() + other.total(), 1) for other in words)
+            return math.fsum(sizes)
+
+        return answers[min(range(len(answers)), key=lambda i: (-agreement(i), answers[i]))]
+
+
 class BlindOptions:
     """Chooses among options by how often each was the right one in the labels, the picture unseen.
 

@@ -340,3 +340,19 @@ def test_choice_letter(text, letter):
 def test_family(question, family):
     assert metrics.family(question) == family
     assert family in metrics.FAMILIES
+
+
+def test_blind_text_gives_the_most_typical_labelled_answer():
+    """Of three answers to one question the two that share most words agree best; other kinds fall back in order."""
+    labels = [
+        ("What is seen?", "1 text", "a red polyp"),
+        ("What is seen?", "1 text", "a red polyp is seen"),
+        ("What is seen?", "1 text", "nothing"),
+        ("And here?", "2 size", "small"),
+    ]
+    blind = metrics.BlindText(labels)
+    assert blind.answer("what is seen?", "anything") == "a red polyp"
+    assert blind.answer("New?", "2 size") == "small"
+    assert blind.answer("New?", "3 new") == "a red polyp"
+    assert metrics.BlindText([("q", "k", a) for a in ("b", "a", "b")]).answer("q", "k") == "b", "repeats: the majority"
+    assert metrics.BlindText([]).answer("q", "k") is None

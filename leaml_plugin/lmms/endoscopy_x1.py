@@ -3,7 +3,8 @@
 Covers: the questions on the Hub or as a local copy (``LEAML_ENDOSCOPY_X1_DATA``), joined by ``img_id`` with the
 pictures of Kvasir-VQA, which x1 does not repeat. Its own train and test parts share pictures, so of its test questions
 those are asked whose picture is a test picture of ``leaml_endoscopy`` too: a model adapted on the files of
-``leaml data endoscopy`` has seen none of them.
+``leaml data endoscopy`` has seen none of them. Beside each score stands that of an image-blind answer, learnt from x1's
+answers about the labelled pictures (of its train and test files alike).
 Does not cover: the augmented pictures of its robustness track.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leaml_plugin import splits
+from leaml_plugin import metrics, splits
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.lmms import endoscopy
 from leaml_plugin.lmms.hub import hub_source
@@ -28,6 +29,10 @@ COLUMNS = ("img_id", "complexity", "question", "answer")
 
 def source(location: str | None = None) -> tuple[str, dict[str, Any]]:
     """What ``datasets.load_dataset`` takes: the Hub's questions, or the parquet or JSON files of a local copy."""
+    return _source(location, SPLIT)
+
+
+def _source(location: str | None, split: str) -> tuple[str, dict[str, Any]]:
     location = location or os.environ.get(DATA_VARIABLE)
     if not location:
         return hub_source(
@@ -40,14 +45,15 @@ def source(location: str | None = None) -> tuple[str, dict[str, Any]]:
         raise LeamlError(f"{directory}: no such directory ({DATA_VARIABLE}); it should hold the files of {HUB_ID}.")
     for builder, suffixes in (("parquet", (".parquet",)), ("json", (".json", ".jsonl"))):
         files = sorted(str(path) for path in directory.rglob("*") if path.suffix in suffixes)
-        files = [file for file in files if SPLIT in Path(file).name.lower()] or files
+        files = [file for file in files if split in Path(file).name.lower()] or files
         if files:
-            return builder, {"data_files": {SPLIT: files}}
+            return builder, {"data_files": {split: files}}
     raise LeamlError(f"{directory}: no parquet or JSON file in it; it should hold the files of {HUB_ID}.")
 
 
 def evaluation_rows(dataset: Any) -> Any:
-    """The questions about test pictures; every picture is looked up before anything is asked."""
+    """The questions about test pictures, with the column ``blind``: what an image-blind predictor answers ("" if it has
+    no label to learn from). Every picture is looked up before anything is asked."""
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing:
         raise LeamlError(f"the x1 data have no column {', '.join(missing)} but {', '.join(dataset.column_names)}.")
@@ -62,7 +68,35 @@ def evaluation_rows(dataset: Any) -> Any:
             f"{len(unknown)} pictures of the x1 data are not in Kvasir-VQA, the first is {unknown[0]}; the pictures "
             f"come from {endoscopy.DATA_VARIABLE} or the Hub."
         )
-    return dataset.select(rows)
+    blind = _blind(dataset, splits.make_split(known, label_fraction=endoscopy.label_fraction()).labelled)
+    chosen = dataset.select(rows)
+    answers = [blind.answer(row["question"], _kind(row)) or "" for row in _plain(chosen)]
+    return chosen.add_column("blind", answers)
+
+
+def _blind(dataset: Any, labelled: frozenset[str]) -> metrics.BlindText:
+    """What x1's answers about the labelled pictures teach: those of its train part, and of its test part's others."""
+    from datasets import load_dataset
+
+    path, kwargs = _source(None, "train")
+    rows = [*_plain(load_dataset(path, split="train", **kwargs)), *_plain(dataset)]
+    # a local copy without a train file gives the same rows twice
+    known = dict.fromkeys(
+        (str(row["question"]), _kind(row), str(row["answer"])) for row in rows if str(row["img_id"]) in labelled
+    )
+    return metrics.BlindText(known)
+
+
+def _plain(dataset: Any) -> list[dict[str, Any]]:
+    names = [name for name in (*COLUMNS, "question_class") if name in dataset.column_names]
+    return dataset.select_columns(names).with_format(None).to_list()
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """The classes of x1's question and its complexity, as one name."""
+    classes = row.get("question_class") or []
+    classes = [classes] if isinstance(classes, str) else sorted(map(str, classes))
+    return f"{row['complexity']} {' '.join(classes)}"
 
 
 def pictures(doc: Mapping[str, Any]) -> list:

@@ -47,6 +47,8 @@ SHOWN = {
     "bleu": None,
     "rougeL": "interval_longest",
     "meteor": None,
+    "blind_bleu": None,
+    "blind_rougeL": None,
 }
 
 

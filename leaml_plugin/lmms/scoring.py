@@ -103,12 +103,27 @@ def _letters(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[A-J]", found.group())) if found else frozenset()
 
 
-def free_text(prediction: str, reference: str, *, cluster: str, complexity: int | None = None) -> dict[str, Any]:
-    """The values of one free-text row: the texts themselves, since BLEU is a score of the whole."""
+FREE_TEXT = ("bleu", "rouge1", "rouge2", "rougeL", "meteor", "meteor_stem")
+
+
+def free_text(
+    prediction: str, reference: str, *, cluster: str, complexity: int | None = None, blind: str | None = None
+) -> dict[str, Any]:
+    """The values of one free-text row: the texts themselves, since BLEU is a score of the whole.
+
+    ``blind`` is what an image-blind predictor answers; each score of it stands beside the model's, as ``blind_*``, and
+    ``above_blind`` is the difference in ROUGE-L.
+    """
     pair = {"prediction": prediction, "reference": reference, "cluster": cluster}
-    values: dict[str, Any] = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "meteor", "meteor_stem"), pair)
+    values: dict[str, Any] = dict.fromkeys(FREE_TEXT, pair)
     overlap = text.rouge([prediction], [reference], "rougeL")
     values["interval_longest"] = (overlap, cluster)
+    if blind is not None:
+        blind_pair = {**pair, "prediction": blind}
+        values |= {f"blind_{name}": blind_pair for name in FREE_TEXT}
+        above = overlap - text.rouge([blind], [reference], "rougeL")
+        values["above_blind"] = scored(above, cluster)
+        values["interval_above"] = (above, cluster)
     if complexity is not None:
         for level in (1, 2, 3):
             values[f"complexity_{level}"] = scored(overlap, cluster) if level == complexity else None

@@ -81,7 +81,13 @@ def process_results(doc, results):
 
 
 def process_x1(doc, results):
-    return scoring.free_text(results[0], doc["answer"], cluster=str(doc["img_id"]), complexity=int(doc["complexity"]))
+    return scoring.free_text(
+        results[0],
+        doc["answer"],
+        cluster=str(doc["img_id"]),
+        complexity=int(doc["complexity"]),
+        blind=doc["blind"],
+    )
 
 
 mean = scoring.mean

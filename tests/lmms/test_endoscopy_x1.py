@@ -20,6 +20,7 @@ def rows(x1, kvasir, monkeypatch):
     from datasets import load_dataset
 
     monkeypatch.setenv("LEAML_ENDOSCOPY_DATA", str(kvasir))
+    monkeypatch.setenv("LEAML_ENDOSCOPY_X1_DATA", str(x1))
     path, kwargs = endoscopy_x1.source(str(x1))
     assert path == "parquet"
     return load_dataset(path, **kwargs)["test"]
@@ -33,6 +34,30 @@ def test_only_test_questions_about_our_test_pictures(rows):
         for c in (1, 2, 3)
         if (i + c) % 2 and splits.is_test(real_schema.picture_name(i))
     }
+
+
+def test_blind_answers_come_from_the_labelled_pictures_alone(rows, monkeypatch, tmp_path):
+    """The labelled answers are made to differ, so that a leak from another picture would show."""
+    from datasets import Dataset, load_dataset
+
+    monkeypatch.setenv("LEAML_LABEL_FRACTION", "0.1")
+    names = [real_schema.picture_name(i) for i in range(40)]
+    labelled = splits.make_split(names, label_fraction=0.1).labelled
+    path, kwargs = endoscopy_x1.source()
+    told = load_dataset(path, **kwargs)["test"].to_list()
+    (tmp_path / "data").mkdir()
+    for part in ("train", "test"):
+        files = real_schema.write_kvasir_x1(tmp_path / part) / "data" / f"{part}-00000-of-00001.parquet"
+        changed = [
+            {**row, "answer": f"label {row['complexity']}" if row["img_id"] in labelled else "unseen"}
+            for row in load_dataset("parquet", data_files=str(files))["train"].to_list()
+        ]
+        Dataset.from_list(changed).to_parquet(tmp_path / "data" / f"{part}-0.parquet")
+        told = changed if part == "test" else told
+    monkeypatch.setenv("LEAML_ENDOSCOPY_X1_DATA", str(tmp_path / "data"))
+    kept = endoscopy_x1.evaluation_rows(Dataset.from_list(told))
+    assert set(kept["answer"]) == {"unseen"}
+    assert {answer.split()[0] for answer in kept["blind"]} == {"label"}
 
 
 def test_each_question_gets_its_own_picture(rows, kvasir_dataset):
@@ -68,3 +93,5 @@ def test_through_lmms_eval(x1, kvasir, tiny_models):
     for values in done["results"].values():
         assert {"bleu", "rouge1", "rouge2", "rougeL", "meteor_stem", "complexity_1"} <= set(values)
         assert 0 <= values["rougeL"] <= 1
+        assert values["blind_rougeL"] > 0.8, "of the same questions the answers differ in one word"
+        assert values["above_blind"] == pytest.approx(values["rougeL"] - values["blind_rougeL"])
