@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from leaml_plugin import cli
 
 ARCHITECTURES = ("qwen2_5_vl", "llava", "idefics3")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it; rounding depends on the number of threads
 FAST = [
     "--dtype", "float32", "--device", "cpu", "--steps", "4", "--batch-size", "2", "--density", "0.2", "--samples", "2",
     "--set", "generate.max_new_tokens=12", "--set", "generate.shard_size=2",
@@ -158,7 +160,7 @@ def undisturbed(tmp_path_factory, pictures, tiny_models):
         model = tiny_models("qwen2_5_vl")
         return [sys.executable, "-m", "leaml_plugin.cli", *arguments(project, model, output, *test)]
 
-    subprocess.run(command("whole"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command("whole"), check=True, stdout=subprocess.DEVNULL, env=ONE_THREAD)
     return project, command
 
 
@@ -177,17 +179,55 @@ def undisturbed(tmp_path_factory, pictures, tiny_models):
 def test_kill_nine_in_any_stage_then_the_same_command_gives_the_same_bytes(sign, undisturbed):
     project, command = undisturbed
     output = sign.split("/")[0]
-    process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     deadline = time.monotonic() + 120
     while not (project / output / "stages" / sign).exists() and process.poll() is None:
         assert time.monotonic() < deadline, f"{sign} never appeared"
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL, env=ONE_THREAD)
     whole, killed = tree(project / "whole"), tree(project / output)
     assert whole.keys() == killed.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def _kill_all(process: subprocess.Popen) -> None:
+    """Kill a process and all it started; torchrun's workers have sessions of their own."""
+    tree = [process.pid]
+    for pid in tree:
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        tree += map(int, children.read_text().split()) if children.exists() else []
+    for pid in tree:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_on_two_ranks_then_on_one_then_finished_by_two_gives_the_bytes_of_one(undisturbed):
+    """``torchrun`` with two processes on the CPU; killed after the first shard, alone after the second."""
+    project, command = undisturbed
+
+    def start(ranks: int, **options) -> subprocess.Popen:
+        python, *rest = command("ranks")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return subprocess.Popen([python, *(torchrun if ranks > 1 else []), *rest], env=ONE_THREAD, **options)
+
+    for ranks, sign in ((2, "part-000000.jsonl"), (1, "part-000001.jsonl")):
+        process = start(ranks, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not (project / "ranks" / "stages" / "generate" / sign).exists() and process.poll() is None:
+            assert time.monotonic() < deadline, f"{sign} never appeared"
+            time.sleep(0.001)
+        _kill_all(process)
+    process = start(2, stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert "rank 1 of 2: nothing is left to share" in out
+    whole, shared = tree(project / "whole"), tree(project / "ranks")
+    assert whole.keys() == shared.keys()
+    assert [name for name in whole if whole[name] != shared[name]] == []
 
 
 # Each case breaks the project and names what the sentence must say.
@@ -269,6 +309,93 @@ def test_bad_input_is_one_sentence_and_touches_nothing(harm, project, tiny_model
     assert tree(project) == before
 
 
+def _damaged(folder: Path) -> dict[str, str]:
+    """Unlabelled pictures that cannot be used, and what must be said of each."""
+    import struct
+    import zlib
+
+    from PIL import Image
+
+    Image.effect_noise((64, 64), 60).convert("RGB").save(folder / "half.jpg")
+    data = (folder / "half.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "text.png").write_text("no picture")
+    Image.new("L", (4, 4)).save(folder / "bomb.png")
+    data = bytearray((folder / "bomb.png").read_bytes())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (folder / "bomb.png").write_bytes(data)
+    Image.new("RGB", (2000, 2)).save(folder / "wide.png")
+    return {"half.jpg": "truncated", "text.png": "is not a picture", "bomb.png": "pixels", "wide.png": "aspect ratio"}
+
+
+@pytest.mark.parametrize("decoded", [1000, 1])
+def test_damaged_unlabelled_pictures_are_left_out_with_their_reason(decoded, project, tiny_models, capsys, monkeypatch):
+    """Found before the run where they are decoded, else by the stage that opens them for a caption or a pair."""
+    from leaml_plugin import pipeline
+
+    why = _damaged(project / "images")
+    with open(project / "captions.jsonl", "a") as file:
+        file.writelines(json.dumps({"image": f"images/{name}", "caption": "What is it?"}) + "\n" for name in why)
+    monkeypatch.setattr(pipeline, "DECODED", decoded)
+    model = tiny_models("qwen2_5_vl")
+    options = arguments(project, model)
+    assert cli.main(options) == 0
+    err = capsys.readouterr().err
+    skipped = [json.loads(line) for line in (project / "run" / "skipped.jsonl").open()]
+    assert {row["picture_id"] for row in skipped} == set(why) and len(skipped) == len(why)
+    for row in skipped:
+        assert why[row["picture_id"]] in row["reason"], row
+    assert "4 of 10 unlabelled pictures could not be used" in err
+    stages = project / "run" / "stages"
+    early = (stages / "inputs" / "skipped.jsonl").read_text()
+    assert ("half.jpg" in early) == (decoded == 1000) and "bomb.png" in early and "wide.png" not in early
+    counts = json.loads((stages / "filter" / "counts.json").read_text())
+    assert counts["unreadable"] == (1 if decoded == 1000 else 2)
+    if decoded == 1:
+        assert "left out:" in err  # by the caption distillation
+    before = tree(project / "run")
+    assert cli.main(options) == 0
+    assert tree(project / "run") == before
+
+
+def test_a_picture_that_goes_while_the_run_is_at_work(project, tiny_models, monkeypatch):
+    """It was read when its pairs were written, and is gone when they are verified."""
+    from leaml_plugin.data import collate
+
+    real, stages = collate.open_image, project / "run" / "stages"
+
+    def open_image(ref):
+        if ref.uri.endswith("5.jpg") and (stages / "generate" / "done.json").exists():
+            Path(ref.uri).unlink(missing_ok=True)
+        return real(ref)
+
+    monkeypatch.setattr(collate, "open_image", open_image)
+    more = (
+        "generator.qa_task=both",
+        "verify.round_trip=true",
+        "generate.max_new_tokens=40",
+        "finetune.pseudo_share=0.9",
+    )
+    options = [word for setting in more for word in ("--set", setting)]
+    monkeypatch.setattr("leaml_plugin.data.prompts.Prompts.parse_generated", lambda self, text: ("What?", text or "x"))
+    assert cli.main(arguments(project, tiny_models("qwen2_5_vl"), "run", *options)) == 0
+    dropped = [json.loads(line) for line in (stages / "filter" / "dropped.jsonl").open()]
+    gone = [row for row in dropped if row["reason"] == "unreadable"]
+    assert {row["picture_id"] for row in gone} == {"5.jpg"} and "no such picture" in gone[0]["checks"]["unreadable"]
+
+
+def test_where_no_unlabelled_picture_can_be_used_nothing_begins(project, tiny_models, capsys):
+    for path in (project / "images").iterdir():
+        shutil.copy(path, project / path.name)
+        path.write_bytes(b"no picture")
+    rows = (project / "train.jsonl").read_text().replace("images/", "")
+    (project / "train.jsonl").write_text(rows)
+    assert cli.main(arguments(project, tiny_models("qwen2_5_vl"))) == 2
+    assert "images: none of the 6 pictures can be used; the first: " in capsys.readouterr().err
+    assert not (project / "run").exists()
+
+
 def test_a_model_that_is_no_image_text_model(project, tmp_path, capsys):
     model = tmp_path / "bert"
     model.mkdir()
@@ -313,7 +440,8 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--set", "relevance.targets=("], "relevance.targets is '(', which is no regular expression"),
         (["--mode", "lora", "--set", "finetune.lora_rank=0"], "lora_rank is 0"),
         (["--set", "filter.blind=true"], "filter.blind needs the second answers of verify.blind"),
-        (["--set", "verify.round_trip=true"], 'set generator.qa_task="both"'),
+        (["--set", "generator.qa_task=generate"], 'set generator.qa_task="both"'),
+        (["--set", "verify.round_trip=false"], "set both to true, or both to false"),
     ],
 )
 def test_bad_options(options, message, project, tiny_models, capsys):
