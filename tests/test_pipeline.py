@@ -94,7 +94,8 @@ def test_every_option_at_once(project, tiny_models):
     settings = [
         "relevance.granularity=ffn", "relevance.loss=both", "relevance.scope=model", "generator.qa_task=both",
         "generator.qa_updates=all", "verify.round_trip=true", "verify.blind=true", "verify.caption=true",
-        "filter.round_trip=true", "filter.blind=true", "filter.caption=true", "filter.answer_share=0.5", "filter.min_logprob=-20", "generate.temperature=0.7",
+        "filter.round_trip=true", "filter.blind=true", "filter.caption=true", "filter.answer_share=0.5",
+        "filter.min_logprob=-20", "generate.temperature=0.7",
         "generate.mix=uniform", "generate.max_new_tokens=40",
         "finetune.mode=lora", "finetune.train.schedule=linear", "generator.train.micro_batch=1",
         "finetune.train.gradient_checkpointing=true",
@@ -206,7 +207,7 @@ def _kill_all(process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_killed_on_two_ranks_then_on_one_then_finished_by_two_gives_the_bytes_of_one(undisturbed):
-    """``torchrun`` with two processes on the CPU; killed after the first shard, alone after the second."""
+    """``torchrun`` with two processes on the CPU; killed after the first shard, and alone after the second."""
     project, command = undisturbed
 
     def start(ranks: int, **options) -> subprocess.Popen:
