@@ -97,9 +97,14 @@ class AdaptConfig:
     def __post_init__(self):
         for name in ("round_trip", "blind", "caption"):
             if getattr(self.filter, name) and not getattr(self.verify, name):
-                raise LeamlError(f"filter.{name} needs the second answers of verify.{name}; set that to true as well.")
-        if self.verify.round_trip and self.generator.qa_task != "both":
-            raise LeamlError('verify.round_trip asks the generator plain questions; set generator.qa_task="both".')
+                raise LeamlError(
+                    f"filter.{name} needs the second answers of verify.{name}; set both to true, or both to false."
+                )
+        if self.verify.asks and self.generator.qa_task != "both":
+            raise LeamlError(
+                'the verify stage asks the generator plain questions; set generator.qa_task="both", or turn '
+                "verify.round_trip and filter.round_trip off."
+            )
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         if self.method == "leaml" and not self.unlabeled:

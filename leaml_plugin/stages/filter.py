@@ -105,7 +105,7 @@ class FilterConfig:
     keep_share: float = 1.0
     agreement: float = 0.5
     known_questions: bool = False
-    round_trip: bool = False
+    round_trip: bool = True
     blind: bool = False
     caption: bool = False
     duplicate: bool = True

@@ -40,8 +40,8 @@ class GeneratorConfig:
         train: the loop; ``batch_size`` counts the labelled samples of a step.
         caption_batch: captioned pictures of a step; 0 takes as many as labelled samples.
         qa_weight, caption_weight: weights of the two losses; a caption weight of 0 turns distillation off.
-        qa_task: what the QA loss asks for: "generate", writing question and answer, or "both", that and answering
-            plain questions in equal parts (needed by the verify stage).
+        qa_task: what the QA loss asks for: "both", writing question and answer, and answering plain questions, in equal
+            parts, as the verify stage needs; or "generate", the first alone.
         qa_updates: what the QA loss may move: the "selected" neurons, or "all" parameters. Captions move the
             selected neurons in either case.
     """
@@ -50,7 +50,7 @@ class GeneratorConfig:
     caption_batch: int = 0
     qa_weight: float = 1.0
     caption_weight: float = 1.0
-    qa_task: str = "generate"
+    qa_task: str = "both"
     qa_updates: str = "selected"
 
     def __post_init__(self):
@@ -59,7 +59,10 @@ class GeneratorConfig:
         if self.qa_task not in TASKS:
             raise unknown_name("QA task", self.qa_task, TASKS)
         if self.qa_task == "both" and self.train.batch_size < 2:
-            raise LeamlError('generator: qa_task "both" needs a train.batch_size of at least 2, one for each task.')
+            raise LeamlError(
+                'generator: qa_task "both" takes a sample of either task for a step: set --batch-size to at least 2 '
+                "(--micro-batch 1 saves memory)."
+            )
         if self.caption_batch < 0:
             raise LeamlError(f"generator: caption_batch is {self.caption_batch}; it must not be negative.")
         if self.qa_weight <= 0 or self.caption_weight < 0:

@@ -42,7 +42,7 @@ class VerifyConfig:
         max_new_tokens: of an answer.
     """
 
-    round_trip: bool = False
+    round_trip: bool = True
     blind: bool = False
     caption: bool = False
     batch_size: int = 32

@@ -26,7 +26,9 @@ from leaml_plugin.study.statistics import pack_bits, t_interval
 from leaml_plugin.study.summary import markdown_table
 
 #: Drops malformed pairs alone: what no filter can leave in.
-OFF = FilterConfig(length_slack=1e9, unanswerable=False, agreement=0.0, duplicate=False, near_duplicate=2.0)
+OFF = FilterConfig(
+    length_slack=1e9, unanswerable=False, round_trip=False, agreement=0.0, duplicate=False, near_duplicate=2.0
+)
 #: Reason -> the setting that turns this filter on, in the order in which they apply.
 FILTERS: Mapping[str, Mapping[str, Any]] = {
     "too_long": {"length_slack": FilterConfig.length_slack},
@@ -42,8 +44,7 @@ FILTERS: Mapping[str, Mapping[str, Any]] = {
     "unlikely": {"keep_share": 0.5},
 }
 NONE, DEFAULT = "none", "default"
-#: With the second answers that ``leaml adapt`` asks for by default.
-DEFAULTS = FilterConfig(round_trip=True)
+DEFAULTS = FilterConfig()
 
 Result = Mapping[str, Any]
 

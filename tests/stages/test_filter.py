@@ -20,8 +20,12 @@ def pair(question, answer, picture="p1", sample=0, logprob=-0.5):
     return PseudoQA(picture, (ImageRef("/p.png"),), sample, f"{question}|{answer}", question, answer, logprob)
 
 
+def judge(pairs, labels=LABELS, **options):
+    return filter.apply(FilterConfig(**{"round_trip": False, **options}), pairs, labels)
+
+
 def reasons(pairs, **options):
-    kept, dropped = filter.apply(FilterConfig(**options), pairs, LABELS)
+    kept, dropped = judge(pairs, **options)
     assert all(not p.reason for p in kept)
     assert all(p.reason for p in dropped)
     assert len(kept) + len(dropped) == len(pairs)
@@ -49,7 +53,7 @@ def test_unanswerable(answer):
 
 def test_what_the_labels_answer_is_an_answer():
     labels = [*LABELS, QA("3", (), "Is the cecum there?", "not visible")]
-    kept, dropped = filter.apply(FilterConfig(), [pair("Is the cecum there?", "not visible")], labels)
+    kept, dropped = judge([pair("Is the cecum there?", "not visible")], labels)
     assert (len(kept), dropped) == (1, [])
 
 
@@ -62,7 +66,7 @@ def test_unlikely_and_unknown_question():
 def test_disagreement_keeps_the_majority_and_ties_go_by_name():
     answers = ["no", "no", "yes"]
     pairs = [pair("Is there text?", a, sample=i) for i, a in enumerate(answers)]
-    kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
+    kept, dropped = judge(pairs)
     assert [p.answer for p in kept] == ["no"]
     assert sorted(p.reason for p in dropped) == ["duplicate", "inconsistent"]
     # a majority below the agreement asked for drops every answer to the question
@@ -73,7 +77,7 @@ def test_disagreement_keeps_the_majority_and_ties_go_by_name():
 
 def test_duplicates_are_told_by_normalised_text():
     pairs = [pair("Is there text?", "no"), pair("is there  TEXT?", "No.", sample=1), pair("Is there text?", "no", "b")]
-    kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
+    kept, dropped = judge(pairs)
     assert [p.id for p in kept] == ["p1#0", "b#0"]
     assert [(p.id, p.reason) for p in dropped] == [("p1#1", "duplicate")]
 
@@ -96,10 +100,10 @@ def test_an_answer_that_the_caption_contradicts():
         for name, (told, nothing) in said.items()
     ]
     without = dataclasses.replace(pair("Is there text?", "no", "no caption"), checks={"blind": "yes"})
-    kept, dropped = filter.apply(FilterConfig(caption=True), [*pairs, without], LABELS)
+    kept, dropped = judge([*pairs, without], caption=True)
     assert [p.picture_id for p in kept] == ["agrees", "silent", "no caption"]
     assert [p.reason for p in dropped] == ["contradicts_caption"] * 2
-    assert filter.apply(FilterConfig(), pairs, LABELS)[1] == []
+    assert judge(pairs)[1] == []
     with pytest.raises(LeamlError, match=r"set verify\.caption=true"):
         reasons([pair("Is there text?", "no")], caption=True)
 
@@ -118,10 +122,10 @@ def test_every_filter_can_be_turned_off():
 def test_a_pair_that_comes_with_a_reason_keeps_it_and_votes_for_nothing():
     pairs = [pair("Is there text?", "no", sample=i) for i in range(3)]
     pairs[:2] = [dataclasses.replace(p, answer="yes", reason="unreadable") for p in pairs[:2]]
-    kept, dropped = filter.apply(FilterConfig(), pairs, LABELS)
+    kept, dropped = judge(pairs)
     assert [p.answer for p in kept] == ["no"] and [p.reason for p in dropped] == ["unreadable"] * 2
     with pytest.raises(LeamlError, match="unknown reason 'odd'"):
-        filter.apply(FilterConfig(), [dataclasses.replace(pairs[0], reason="odd")], LABELS)
+        judge([dataclasses.replace(pairs[0], reason="odd")])
 
 
 def test_near_duplicates_have_nearly_the_same_words_and_the_same_answer():
@@ -135,7 +139,7 @@ def test_near_duplicates_have_nearly_the_same_words_and_the_same_answer():
 def test_an_answer_beyond_its_share_leaves_least_likely_first():
     pairs = [pair("Is there text?", "no", str(i), logprob=-i) for i in range(8)]
     pairs += [pair("Is there text?", "yes", f"y{i}") for i in range(2)]
-    kept, dropped = filter.apply(FilterConfig(answer_share=0.5), pairs, [QA("1", (), "Is there text?", "yes")])
+    kept, dropped = judge(pairs, [QA("1", (), "Is there text?", "yes")], answer_share=0.5)
     assert [p.picture_id for p in kept] == ["0", "1", "y0", "y1"]
     assert {p.reason for p in dropped} == {"overrepresented"}
     # the share that the labels show is always allowed: here "no" is every label
@@ -144,7 +148,7 @@ def test_an_answer_beyond_its_share_leaves_least_likely_first():
 
 def test_the_likeliest_share_of_what_is_left():
     pairs = [pair("Is there text?", "no", str(i), logprob=-i) for i in range(5)] + [pair("", "")]
-    kept, dropped = filter.apply(FilterConfig(keep_share=0.4), pairs, LABELS)
+    kept, dropped = judge(pairs, keep_share=0.4)
     assert [p.picture_id for p in kept] == ["0", "1"]
     assert [p.reason for p in dropped] == ["unlikely"] * 3 + ["malformed"]
 
@@ -153,13 +157,13 @@ def test_run_writes_kept_dropped_and_counts_and_reads_them_again(tmp_path):
     source = tmp_path / "part-000000.jsonl"
     write_records(source, [pair("Is there text?", "no"), pair("", ""), pair("Is there text?", "no", sample=1)])
     stage = StageDirectory(tmp_path / "filter", "key")
-    path, counts = filter.run(FilterConfig(), stage, shards=[source], labels=LABELS)
+    path, counts = filter.run(FilterConfig(round_trip=False), stage, shards=[source], labels=LABELS)
     assert counts["kept"] == 1
     assert {k: v for k, v in counts.items() if v} == {"kept": 1, "malformed": 1, "duplicate": 1}
     assert [p.as_qa().answer for p in read_records(path, PseudoQA)] == ["no"]
     assert {json.loads(line)["reason"] for line in stage.file(filter.DROPPED).open()} == {"malformed", "duplicate"}
     source.unlink()  # a finished stage reads nothing but its own files
-    assert filter.run(FilterConfig(), stage, shards=[source], labels=LABELS) == (path, counts)
+    assert filter.run(FilterConfig(round_trip=False), stage, shards=[source], labels=LABELS) == (path, counts)
 
 
 def test_bad_settings():
@@ -178,7 +182,7 @@ def test_bad_settings():
 def test_shares_of_answers_against_counting_by_hand(rows, labels, share):
     pairs = [pair(q, a, str(i), logprob=-score) for i, (q, a, score) in enumerate(rows)]
     known = [QA(str(i), (), q, a) for i, (q, a) in enumerate(labels)]
-    kept, _ = filter.apply(FilterConfig(answer_share=share, length_slack=99.0), pairs, known or LABELS)
+    kept, _ = judge(pairs, known or LABELS, answer_share=share, length_slack=99.0)
     want = []
     for question in {q for q, _, _ in rows}:
         here = [p for p in pairs if p.question == question]

@@ -38,7 +38,7 @@ def asked(monkeypatch):
 
 
 def check(captions=None, **checks):
-    return verify.check(VerifyConfig(**checks), None, None, Prompts.load(), PAIRS, captions)
+    return verify.check(VerifyConfig(**{"round_trip": False, **checks}), None, None, Prompts.load(), PAIRS, captions)
 
 
 def test_a_question_of_several_samples_is_asked_once(asked):
@@ -65,12 +65,16 @@ def test_run_gives_each_shard_its_captions(asked, tmp_path):
     captions = [{"p1": "A blue tube."}, {"p2": "A red tube."}]
     tools = {"load": lambda: None, "collator": lambda loaded: None, "prompts": Prompts.load(), "shards": shards}
     stage = StageDirectory(tmp_path / "verify", "key")
-    out = verify.run(VerifyConfig(caption=True), stage, captions=lambda shard: captions[shard], **tools)
+    out = verify.run(
+        VerifyConfig(round_trip=False, caption=True), stage, captions=lambda shard: captions[shard], **tools
+    )
     checks = [next(read_records(path, PseudoQA)).checks for path in out]
     assert [c["caption"] for c in checks] == ["nothing", "caption"]
     count = len(asked)
-    assert verify.run(VerifyConfig(caption=True), stage, **tools) == out and len(asked) == count  # finished
-    assert verify.run(VerifyConfig(), StageDirectory(tmp_path / "off", "key"), **tools) == shards
+    assert (
+        verify.run(VerifyConfig(round_trip=False, caption=True), stage, **tools) == out and len(asked) == count
+    )  # finished
+    assert verify.run(VerifyConfig(round_trip=False), StageDirectory(tmp_path / "off", "key"), **tools) == shards
 
 
 def test_bad_settings():
