@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, says on standard output what it chose
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several test runs starve each other
 sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny_models by name
 

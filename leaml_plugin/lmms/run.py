@@ -70,6 +70,7 @@ def evaluate(
     endoscopy_data: str | os.PathLike[str] | None = None,
     sports_data: str | os.PathLike[str] | None = None,
     x1_data: str | os.PathLike[str] | None = None,
+    sportr_data: str | os.PathLike[str] | None = None,
     label_fraction: float | None = None,
     log_samples: bool = False,
     gen_kwargs: Mapping[str, Any] | None = None,
@@ -83,8 +84,8 @@ def evaluate(
         limit: questions of each task, or a share of them below 1.
         output: a directory for ``results.json`` and, with ``log_samples``, ``samples_<task>.jsonl``.
         prompts: the prompt directory that the model was adapted with (``$LEAML_PROMPTS``).
-        endoscopy_data, sports_data, x1_data: local data (``$LEAML_ENDOSCOPY_DATA``, ``$LEAML_SPORTS_DATA``,
-            ``$LEAML_ENDOSCOPY_X1_DATA``).
+        endoscopy_data, sports_data, x1_data, sportr_data: local data (``$LEAML_ENDOSCOPY_DATA``,
+            ``$LEAML_SPORTS_DATA``, ``$LEAML_ENDOSCOPY_X1_DATA``, ``$LEAML_SPORTR_DATA``).
         label_fraction: share of the training pictures that the image-blind baseline learns from (0.01).
         log_samples: keep every question, answer and score.
         gen_kwargs: generation options that replace the tasks' own (``max_new_tokens``, ``temperature``, ...).
@@ -104,6 +105,7 @@ def evaluate(
         "LEAML_ENDOSCOPY_DATA": endoscopy_data,
         "LEAML_SPORTS_DATA": sports_data,
         "LEAML_ENDOSCOPY_X1_DATA": x1_data,
+        "LEAML_SPORTR_DATA": sportr_data,
         "LEAML_PROMPTS": prompts,
         "LEAML_LABEL_FRACTION": label_fraction,
     }
@@ -271,6 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--endoscopy-data", help="local copy of Kvasir-VQA (default: $LEAML_ENDOSCOPY_DATA, else the Hub)")
     add("--sports-data", help="local copy of SPORTU with its clips (default: $LEAML_SPORTS_DATA)")
     add("--x1-data", help="local copy of Kvasir-VQA-x1 (default: $LEAML_ENDOSCOPY_X1_DATA, else the Hub)")
+    add("--sportr-data", help="local copy of SportR with its pictures (default: $LEAML_SPORTR_DATA)")
     add("--label-fraction", type=float, help="labels that the image-blind baseline learns from (default 0.01)")
     add("--prompts", help="prompt directory that the model was adapted with")
     add("--limit", type=float, help="questions of each task, or a share of them below 1")
@@ -309,6 +312,7 @@ def main(args: argparse.Namespace) -> int:
             endoscopy_data=endoscopy,
             sports_data=sports,
             x1_data=args.x1_data,
+            sportr_data=args.sportr_data,
             label_fraction=args.label_fraction,
             log_samples=args.log_samples,
             model_args=_model_args(args.model_args),

@@ -4,7 +4,7 @@ Covers: the multiple-choice, open and text-only files of SPORTU with its clips b
 synthetic world of the same schema; the test rows by scene; options shuffled by a seed; the option prior learnt from
 the labelled scenes; the controls without the clip and with another scene's clip. SPORTU has no Hub repository: its
 questions come from GitHub (chili-lab/SPORTU), its clips separately.
-Does not cover: Sports-QA and SportR.
+Does not cover: SportR (:mod:`leaml_plugin.lmms.sportr`), Sports-QA.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from leaml_plugin.lmms import endoscopy, entry, sports
+from leaml_plugin.lmms import endoscopy, entry, sportr, sports
 from leaml_plugin.lmms.cache import cache_root
 
 EXAMPLES = """examples:
@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     for variable, otherwise in (
         (endoscopy.DATA_VARIABLE, f"not set: {endoscopy.HUB_ID} from the Hub ({endoscopy.LICENCE})"),
         (sports.DATA_VARIABLE, "not set: SPORTU must be fetched by hand (github.com/chili-lab/SPORTU)"),
+        (sportr.DATA_VARIABLE, f"not set: SportR is given out on request ({sportr.HUB_ID} on the Hub)"),
         (endoscopy.LABEL_VARIABLE, f"not set: {endoscopy.label_fraction():g} of the training pictures"),
         ("LEAML_PROMPTS", "not set: the prompts that leaml adapt uses by default"),
         ("LEAML_CACHE", f"not set: {cache_root()}"),

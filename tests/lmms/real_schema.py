@@ -193,3 +193,31 @@ def write_kvasir_x1(directory: Path, pictures: int = 40) -> Path:
     for name, chunk in rows.items():
         pq.write_table(pa.Table.from_pylist(chunk), directory / "data" / f"{name}-00000-of-00001.parquet")
     return directory
+
+
+SPORTR = {
+    "Is there a rule infraction in this image?": ["Yes", "No"],
+    "Which rule infraction does this image show?": ["Blocking foul", "Hand ball", "No infraction"],
+}
+
+
+def sportr_rows(pictures: int) -> list[dict]:
+    rows = []
+    for index in range(pictures):
+        rng = random.Random(index)
+        sport = ("basketball", "soccer", "american_football", "badminton", "table_tennis")[index % 5]
+        for question, answers in SPORTR.items():
+            rows.append({"image": f"{sport}_{index + 1}.png", "question": question, "answer": rng.choice(answers)})
+    return rows
+
+
+def write_sportr(directory: Path, pictures: int = 40) -> Path:
+    """SportR: pictures as on the Hub, questions as one plain list of entries; a clip's question among them."""
+    (directory / "SportsImage").mkdir(parents=True)
+    rows = sportr_rows(pictures)
+    for name in dict.fromkeys(row["image"] for row in rows):
+        noise = random.Random(name).randbytes(32 * 24 * 3)
+        Image.frombytes("RGB", (32, 24), noise).resize((96, 72)).save(directory / "SportsImage" / name)
+    clip = {"video": "Soccer12.mp4", "question": "Is there a foul?", "answer": "Yes"}
+    (directory / "SportR_image_qa.json").write_text(json.dumps([*rows, clip]))
+    return directory
