@@ -144,12 +144,12 @@ def test_what_each_task_shows(root, monkeypatch):
 
     monkeypatch.setenv("LEAML_SPORTR_DATA", str(root))
     names = [f"leaml_sports_sportr{suffix}" for suffix in ("", "_nopicture", "_otherpicture")]
-    shown = []
-    for task in get_task_dict(names, run._task_manager(names), "simple").values():
+    shown = {}
+    for name, task in get_task_dict(names, run._task_manager(names), "simple").items():
         task.build_all_requests(limit=1)
         _, _, to_pictures, number, _, split = task.instances[0].args
         doc = task.dataset[split][number]
-        shown.append([picture.tobytes() for picture in to_pictures(doc)])
-    own, none, other = shown
+        shown[name] = [picture.tobytes() for picture in to_pictures(doc)]
+    own, none, other = (shown[name] for name in names)
     assert own == [Image.open(doc["picture"]).convert("RGB").tobytes()]
     assert none == [] and len(other) == 1 and other != own
