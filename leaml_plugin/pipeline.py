@@ -26,7 +26,9 @@ from leaml_plugin.artifacts import (
     StageDirectory,
     atomic_directory,
     fingerprint_rows,
+    read_json,
     read_records,
+    write_json,
     write_records,
 )
 from leaml_plugin.errors import LeamlError, unknown_name
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 
 METHODS = ("leaml", "labels")
 PICTURE_CACHE = 1 << 30  # bytes of processed pictures that a stage keeps in memory
+#: Stages that every round of self-training has anew, in ``stages/round-<n>/`` from the second round on.
+PER_ROUND = ("start", "train_generator", "generate", "verify", "filter", "finetune")
+ROUNDS = "rounds.json"
 DECODED = 1000  # of more unlabelled pictures than these, so many are decoded before a run begins
 
 
@@ -69,6 +74,10 @@ class AdaptConfig:
             model has positions for.
         trust_remote_code: run code that comes with the model. Off unless you trust its author.
         caption: the teacher that describes the pictures which have no caption yet; nobody unless one is named.
+        rounds: of self-training: from the second on the generator starts from the VQA model of the round before, and a
+            new VQA model is trained, from the base model again, on the labels and the new pairs.
+        round_gain: rounds end when the share of the pairs that the filter keeps rises by no more than this; the pairs
+            of that last round are not learnt from.
         relevance, generator, generate, verify, filter, finetune, evaluate: the stages' own configurations.
     """
 
@@ -85,6 +94,8 @@ class AdaptConfig:
     device: str = "auto"
     max_length: int = 0
     trust_remote_code: bool = False
+    rounds: int = 1
+    round_gain: float = 0.0
     caption: caption.CaptionConfig = field(default_factory=caption.CaptionConfig)
     relevance: relevance.RelevanceConfig = field(default_factory=relevance.RelevanceConfig)
     generator: train_generator.GeneratorConfig = field(default_factory=train_generator.GeneratorConfig)
@@ -105,6 +116,10 @@ class AdaptConfig:
                 'the verify stage asks the generator plain questions; set generator.qa_task="both", or turn '
                 "verify.round_trip and filter.round_trip off."
             )
+        if self.rounds < 1:
+            raise LeamlError(f"rounds is {self.rounds}; it must be at least 1.")
+        if not -1 <= self.round_gain < 1:
+            raise LeamlError(f"round_gain is {self.round_gain}; it is a rise of a share, from -1 (never stop) to 1.")
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         if self.method == "leaml" and not self.unlabeled:
@@ -203,6 +218,8 @@ class Adaptation:
         from leaml_plugin.data import Prompts
 
         self.config = config
+        self.round = 1
+        self._start: dict[str, Path] = {}  # weights that this round's generator starts from, if not the base model's
         self.rank = rank if rank is not None else Rank.here()
         self.prompts = Prompts.load(config.prompts or None)
         self.teacher_prompt = TeacherPrompt.load(config.caption.prompts or None)
@@ -281,7 +298,7 @@ class Adaptation:
             labels=self.inputs.labels,
             pictures=self.inputs.pictures,
             selection=selection,
-            **self._tools(),
+            **self._tools(self._start),
         )
 
     def generate(self, generator: dict[str, Path]) -> list[Path]:
@@ -290,7 +307,7 @@ class Adaptation:
             self._stage("generate", shared=True),
             pictures=self.inputs.pictures,
             labels=self.inputs.labels,
-            **self._tools(generator),
+            **self._tools({**self._start, **generator}),
         )
 
     def verify(self, generator: dict[str, Path], shards: Sequence[Path]) -> list[Path]:
@@ -300,7 +317,8 @@ class Adaptation:
             return {p.id: p.caption for p in self.inputs.pictures[shard * size : (shard + 1) * size] if p.caption}
 
         stage = self._stage("verify", shared=True)
-        return verify.run(self.config.verify, stage, shards=shards, captions=captions, **self._tools(generator))
+        tools = self._tools({**self._start, **generator})
+        return verify.run(self.config.verify, stage, shards=shards, captions=captions, **tools)
 
     def filter(self, shards: Sequence[Path]) -> Sequence[QA]:
         """The kept pairs, as a view of their file."""
@@ -311,7 +329,7 @@ class Adaptation:
                 f"leaml: warning: the filter kept no pseudo-QA pair ({why}); fine-tuning has the labels alone.",
                 file=sys.stderr,
             )
-        if counts[UNREADABLE]:
+        if counts[UNREADABLE] and self.rank.leads:
             self._keep_skipped()
         return Mapped(RecordFile(kept, PseudoQA), PseudoQA.as_qa)
 
@@ -349,6 +367,32 @@ class Adaptation:
             **self._tools(weights),
         )
 
+    def begin_round(self, tuned: dict[str, Path]) -> None:
+        """Go on to the next round, whose generator starts from ``tuned``, the VQA model of this one."""
+        self.round += 1
+        self._start = tuned
+        if "adapter" in tuned:
+            stage = self._stage("start")
+            if not stage.done:
+                from leaml_plugin import models
+
+                loaded = self.load(tuned)
+                models.save(loaded.model.merge_and_unload(), loaded.processor, stage.file("model"))  # type: ignore[operator]
+                stage.finish()
+            self._start = {"path": stage.path / "model"}
+
+    def kept_share(self) -> float:
+        """The share of this round's written pairs that the filter kept."""
+        counts = read_json(self._stage("filter").file(filter.COUNTS))
+        return counts["kept"] / max(1, sum(counts.values()))
+
+    def record_rounds(self, shares: Sequence[float], delivered: int) -> None:
+        """Write down the rounds' shares of kept pairs, and which round's VQA model is the result."""
+        stage = self._stage("rounds")
+        if not stage.done:
+            write_json(stage.file(ROUNDS), {"kept_share": list(shares), "delivered": delivered})
+            stage.finish()
+
     def deliver(self, tuned: dict[str, Path]) -> dict[str, Path]:
         """Put the trained weights where users look for them: ``adapter/`` or ``model/`` of the run."""
         kind, source = ("adapter", tuned["adapter"]) if "adapter" in tuned else ("model", tuned["path"])
@@ -360,7 +404,8 @@ class Adaptation:
 
     def _stage(self, name: str, shared: bool = False) -> StageDirectory:
         """A stage's directory. A stage that is not ``shared`` is rank 0's: the others get it once it is complete."""
-        stage = self.directory.stage(name)
+        within = f"round-{self.round}/" if self.round > 1 and name in PER_ROUND else ""
+        stage = self.directory.stage(within + name)
         if not (shared or self.rank.leads):
             self.directory.wait_for(stage)
         return stage
@@ -391,16 +436,41 @@ def adapt(config: AdaptConfig | None = None, *, rank: Rank | None = None, **opti
     selection = None
     if config.method == "leaml" or config.finetune.mode == "selected":
         selection = run.relevance()
-    pairs: Sequence[QA] = ()
-    if config.method == "leaml":
-        generator = run.train_generator(selection)
-        shards = run.verify(generator, run.generate(generator))
-        if not run.rank.leads:
-            return AdaptResult(config.output, {}, {})
-        pairs = run.filter(shards)
-    tuned = run.finetune(pairs, selection)
+    tuned = run.finetune((), selection) if config.method == "labels" else _self_train(run, selection)
+    if not run.rank.leads:
+        return AdaptResult(config.output, {}, {})
     metrics = run.evaluate(tuned) if run.inputs.questions else {}
     return AdaptResult(config.output, run.deliver(tuned), metrics)
+
+
+def _self_train(run: Adaptation, selection: Selection) -> dict[str, Path]:
+    """The rounds of generator, pseudo-QA and fine-tuning; returns the VQA model of the last that was worth it.
+
+    Ranks that do not lead leave once nothing is left to share, with what they know by then.
+    """
+    tuned: dict[str, Path] = {}
+    shares: list[float] = []
+    rounds, delivered = run.config.rounds, 1
+    for number in range(1, rounds + 1):
+        if number > 1:
+            run.begin_round(tuned)
+        generator = run.train_generator(selection)
+        shards = run.verify(generator, run.generate(generator))
+        if number == rounds and not run.rank.leads:
+            return tuned
+        pairs = run.filter(shards)
+        shares.append(run.kept_share())
+        if number > 1 and not shares[-1] - shares[-2] > run.config.round_gain:
+            print(
+                f"leaml: round {number} kept {100 * shares[-1]:.1f} % of its pairs, round {number - 1} "
+                f"{100 * shares[-2]:.1f} %: the result is that of round {number - 1}.",
+                file=sys.stderr,
+            )
+            break
+        tuned, delivered = run.finetune(pairs, selection), number
+    if rounds > 1 and run.rank.leads:
+        run.record_rounds(shares, delivered)
+    return tuned
 
 
 def _link_weights(source: str, target: str) -> None:

@@ -123,11 +123,19 @@ class Facts:
     def __init__(self, run: RunDirectory | str | os.PathLike[str]):
         self.run = open_run(run)
 
+    @cached_property
+    def _round(self) -> str:
+        """Where the stages of the round lie whose result was delivered: ``""`` for the first."""
+        path = self.run.stage("rounds").path / "rounds.json"
+        delivered = read_json(path)["delivered"] if path.is_file() else 1
+        return f"round-{delivered}/" if delivered > 1 else ""
+
     def stage(self, name: str) -> StageDirectory:
-        return self.run.stage(name)
+        there = self.run.stage(self._round + name)
+        return there if self._round and there.path.is_dir() else self.run.stage(name)
 
     def _file(self, stage: str, name: str) -> Path | None:
-        path = self.run.stage(stage).path / name  # StageDirectory.file would create the folder
+        path = self.stage(stage).path / name  # StageDirectory.file would create the folder
         return path if path.is_file() else None
 
     def _json(self, stage: str, name: str) -> Any:
