@@ -21,6 +21,7 @@ from typing import Any
 
 from leaml_plugin.artifacts import CONFIG, DONE, RunDirectory, StageDirectory, fingerprint, read_json, read_records
 from leaml_plugin.errors import LeamlError
+from leaml_plugin.families import Families, Family
 from leaml_plugin.metrics import (
     FAMILIES,
     BlindMajority,
@@ -206,8 +207,14 @@ class Facts:
                 yield dataclasses.replace(pair, reason=NOT_FILTERED)
 
     @cached_property
-    def _pass(self) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]], dict[str, Counter[str]]]:
-        """Counts of (family, reason), and of kept answers by family and by template that the labels know."""
+    def _pass(
+        self,
+    ) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]], dict[str, Counter[str]], dict[str, Counter[str]]]:
+        """Counts of (family, reason), of kept answers by family and by template that the labels know, and of (steered
+        family, reason)."""
+        mix = self._json("generate", "families.json")
+        learnt = Families([Family(row["name"], row["name"], row["labels"]) for row in mix["families"]]) if mix else None
+        steered: dict[str, Counter[str]] = defaultdict(Counter)
         known = {normalise_question(qa.question) for qa in self.labels}
         yields: dict[str, Counter[str]] = defaultdict(Counter)
         by_family: dict[str, Counter[str]] = defaultdict(Counter)
@@ -215,6 +222,8 @@ class Facts:
         for pair in self.pseudo():
             name = family_of(pair.question)
             yields[name][pair.reason] += 1
+            if learnt is not None and pair.question:
+                steered[learnt.of(pair.question)][pair.reason] += 1
             if not pair.reason:
                 answer = normalise(pair.answer)
                 by_family[name][answer] += 1
@@ -222,12 +231,24 @@ class Facts:
                 if template in known:
                     by_template[template][answer] += 1
         order = [name for name in (*FAMILIES, "") if name in yields]
-        return {name: yields[name] for name in order}, by_family, by_template
+        return {name: yields[name] for name in order}, by_family, by_template, steered
 
     @property
     def yields(self) -> dict[str, Counter[str]]:
         """Pairs by family and reason; the reason of a kept pair is ``""``."""
         return self._pass[0]
+
+    @property
+    def steered(self) -> list[dict[str, Any]]:
+        """For each family of the target mix its share of the labels, of the texts asked for, of the questions written
+        and of the pairs kept; empty where generation was not steered."""
+        mix, counts = self._json("generate", "families.json"), self._pass[3]
+        written = max(1, sum(c.total() for c in counts.values()))
+        kept = max(1, sum(c[""] for c in counts.values()))
+        return [
+            {**row, "written": counts[row["name"]].total() / written, "kept": counts[row["name"]][""] / kept}
+            for row in (mix["families"] if mix else [])
+        ]
 
     @property
     def pairs(self) -> int:

@@ -158,7 +158,12 @@ class MakeRun:
 
     @staticmethod
     def _filter(stage, run, rng, known, test, pool, pairs, layers, skill):
-        filter.run(filter.FilterConfig(length_slack=3.0, round_trip=False), stage, shards=run.stage("generate").shards(), labels=known)
+        filter.run(
+            filter.FilterConfig(length_slack=3.0, round_trip=False),
+            stage,
+            shards=run.stage("generate").shards(),
+            labels=known,
+        )
 
     @staticmethod
     def _finetune(stage, run, rng, known, test, pool, pairs, layers, skill):

@@ -404,3 +404,22 @@ def test_the_command_writes_the_page_and_prints_tables(make_run, capsys, monkeyp
     monkeypatch.setitem(COMMANDS, "report", ("leaml_plugin.report", "write the report page of a run"))
     assert cli(["report", str(run.path / "nothing")]) == 2
     assert "is no run directory" in capsys.readouterr().err
+
+
+def test_yields_against_the_target_mix(make_run):
+    run = make_run("steered", pictures=10, missing=False)
+    assert Facts(run).steered == [] and "target" not in Page(write_report(run)).text()
+    rows = [
+        {"name": "is there", "labels": 0.4, "target": 0.75},
+        {"name": MARKUP, "labels": 0.1, "target": 0.25},
+        {"name": "", "labels": 0.5, "target": 0.0},
+    ]
+    write_json(run.stage("generate").path / "families.json", {"families": rows})
+    steered = Facts(run).steered
+    questions = [pair.question.casefold() for pair in Facts(run).pseudo() if pair.question]
+    share = sum(q.startswith("is there") for q in questions) / len(questions)
+    assert 0 < share < 1 and steered[0]["written"] == pytest.approx(share)
+    assert sum(row["written"] for row in steered) == pytest.approx(1) == sum(row["kept"] for row in steered)
+    text = Page(write_report(run)).text()
+    assert f"is there{words.percent(0.4)}{words.percent(0.75)}{words.percent(share)}" in text.replace("\n", "")
+    assert "anything else" in text and MARKUP in text
