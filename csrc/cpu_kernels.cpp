@@ -105,32 +105,71 @@ LEAML_HD void load_lanes(const fp16* p, typename Vec<W>::f32* out) {
 LEAML_HD int lane(const bf16*, int i) { return i / 2 + (i % 2) * (kLanes / 2); }
 LEAML_HD int lane(const void*, int i) { return i; }
 
+// The upper half of the lanes joins the lower until one is left. In vectors: lane by lane it costs as much as half a row.
+LEAML_HD float tree(const float* x) {
+  typedef float F __attribute__((vector_size(16)));
+  F v[kLanes / 4];
+  memcpy(v, x, sizeof(v));
+#pragma GCC unroll 4
+  for (int width = kLanes / 8; width > 0; width /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return (v[0][0] + v[0][2]) + (v[0][1] + v[0][3]);
+}
+
+LEAML_HD Sums total_of(const Lanes& lanes, bool absolute) {
+  return {tree(lanes.wg), absolute ? tree(lanes.abs_wg) : 0.0f, tree(lanes.gg)};
+}
+
+// Elements of one page of the wider of two types.
+template <class A, class B>
+constexpr int64_t kPage = 4096 / int64_t(sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+
+// The hardware keeps up with a stream inside a page and stops at its end: the next pages are touched in time, their
+// translation first. More software prefetching than that makes it slower.
+template <class A, class B>
+LEAML_HD void touch_next_pages(const A* w, const B* g) {
+  __builtin_prefetch(w + 2 * kPage<A, B>);
+  __builtin_prefetch(g + 2 * kPage<A, B>);
+  __builtin_prefetch(reinterpret_cast<const char*>(w + kPage<A, B>) + 64);
+  __builtin_prefetch(reinterpret_cast<const char*>(g + kPage<A, B>) + 64);
+}
+
+// Adds n contiguous elements to the lanes, or to zero where they are `fresh`.
 template <int W, bool Absolute, class A, class B>
-LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
+LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, bool fresh, Lanes& lanes) {
   typedef typename Vec<W>::u32 U;
   typedef typename Vec<W>::f32 F;
   constexpr int vectors = kLanes / W;
   F wg[vectors], abs_wg[vectors], gg[vectors];
-  get(lanes.wg, wg), get(lanes.gg, gg);
-  if constexpr (Absolute) get(lanes.abs_wg, abs_wg);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    F a[vectors], b[vectors];
-    if constexpr (sizeof(A) == sizeof(B)) {
-      load_lanes<W>(w + i, a);
-      load_lanes<W>(g + i, b);
-    } else {  // a half weight and an fp32 gradient: the weight in the gradient's order
-      float wide[kLanes];
-      for (int k = 0; k < kLanes; ++k) wide[k] = to_float(w[i + k]);
-      get(wide, a);
-      load_lanes<W>(g + i, b);
-    }
 #pragma GCC unroll 8
-    for (int k = 0; k < vectors; ++k) {
-      const F p = a[k] * b[k];
-      wg[k] += p;
-      if constexpr (Absolute) abs_wg[k] += (F)((U)p & 0x7fffffffu);
-      gg[k] += b[k] * b[k];
+  for (int k = 0; k < vectors; ++k) wg[k] = abs_wg[k] = gg[k] = F{};
+  if (!fresh) {
+    get(lanes.wg, wg), get(lanes.gg, gg);
+    if constexpr (Absolute) get(lanes.abs_wg, abs_wg);
+  }
+  int64_t i = 0;
+  while (i + kLanes <= n) {
+    touch_next_pages(w + i, g + i);
+    const int64_t stop = n - i < kPage<A, B> ? n : i + kPage<A, B>;
+    for (; i + kLanes <= stop; i += kLanes) {
+      F a[vectors], b[vectors];
+      if constexpr (sizeof(A) == sizeof(B)) {
+        load_lanes<W>(w + i, a);
+        load_lanes<W>(g + i, b);
+      } else {  // a half weight and an fp32 gradient: the weight in the gradient's order
+        float wide[kLanes];
+        for (int k = 0; k < kLanes; ++k) wide[k] = to_float(w[i + k]);
+        get(wide, a);
+        load_lanes<W>(g + i, b);
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < vectors; ++k) {
+        const F p = a[k] * b[k];
+        wg[k] += p;
+        if constexpr (Absolute) abs_wg[k] += (F)((U)p & 0x7fffffffu);
+        gg[k] += b[k] * b[k];
+      }
     }
   }
   put(wg, lanes.wg), put(gg, lanes.gg);
@@ -144,17 +183,28 @@ LEAML_HD void relevance_body(const A* w, const B* g, int64_t n, Lanes& lanes) {
   }
 }
 
+// The sums of a whole contiguous row.
+template <int W, bool Absolute, class A, class B>
+LEAML_HD Sums row_body(const A* w, const B* g, int64_t n) {
+  Lanes lanes;
+  relevance_body<W, Absolute>(w, g, n, true, lanes);
+  return total_of(lanes, Absolute);
+}
+
 #if defined(LEAML_DISPATCH)
-// fp16 in hardware. The twins of these are load_lanes<W>(const fp16*) and load_body / store_body.
+// fp16 in hardware. The twins of these are row_body<W> over fp16 and load_body / store_body.
 #define LEAML_V3 __attribute__((target("arch=x86-64-v3")))
 #define LEAML_V4 __attribute__((target("arch=x86-64-v4")))
 
-LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& lanes) {
+LEAML_V3 Sums relevance_f16_v3(const void* weights, const void* grads, int64_t n) {
+  const fp16 *w = static_cast<const fp16*>(weights), *g = static_cast<const fp16*>(grads);
+  Lanes lanes;
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   __m256 wg[4], aw[4], gg[4];
-  get(lanes.wg, wg), get(lanes.abs_wg, aw), get(lanes.gg, gg);
+  for (int k = 0; k < 4; ++k) wg[k] = aw[k] = gg[k] = _mm256_setzero_ps();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    if (i % kPage<fp16, fp16> == 0) touch_next_pages(w + i, g + i);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       const __m256 a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i + 8 * k)));
@@ -172,13 +222,17 @@ LEAML_V3 void relevance_f16_v3(const fp16* w, const fp16* g, int64_t n, Lanes& l
     lanes.abs_wg[k] += fabsf(p);
     lanes.gg[k] += b * b;
   }
+  return total_of(lanes, true);
 }
 
-LEAML_V4 void relevance_f16_v4(const fp16* w, const fp16* g, int64_t n, Lanes& lanes) {
+LEAML_V4 Sums relevance_f16_v4(const void* weights, const void* grads, int64_t n) {
+  const fp16 *w = static_cast<const fp16*>(weights), *g = static_cast<const fp16*>(grads);
+  Lanes lanes;
   __m512 wg[2], aw[2], gg[2];
-  get(lanes.wg, wg), get(lanes.abs_wg, aw), get(lanes.gg, gg);
+  for (int k = 0; k < 2; ++k) wg[k] = aw[k] = gg[k] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    if (i % kPage<fp16, fp16> == 0) touch_next_pages(w + i, g + i);
 #pragma GCC unroll 2
     for (int k = 0; k < 2; ++k) {
       const __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i + 16 * k)));
@@ -196,6 +250,7 @@ LEAML_V4 void relevance_f16_v4(const fp16* w, const fp16* g, int64_t n, Lanes& l
     lanes.abs_wg[k] += fabsf(p);
     lanes.gg[k] += b * b;
   }
+  return total_of(lanes, true);
 }
 
 LEAML_V3 void load_f16_v3(const fp16* source, int64_t n, float* out) {
@@ -216,36 +271,42 @@ LEAML_V3 void store_f16_v3(const float* values, int64_t n, fp16* target) {
   for (; i < n; ++i) from_float(values[i], target[i]);
 }
 
-#define LEAML_RELEVANCE_FOR(name, A, B, absolute) \
-  LEAML_V4 void name##_v4(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<16, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
+#define LEAML_RELEVANCE_FOR(name, target, W, A, B) \
+  target Sums name##_signed(const void* w, const void* g, int64_t n) { \
+    return row_body<W, false>(static_cast<const A*>(w), static_cast<const B*>(g), n); \
   } \
-  LEAML_V3 void name##_v3(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<8, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
-  } \
-  void name##_v2(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<4, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
-  } \
-  void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    level() == 4 ? name##_v4(w, g, n, lanes) : level() == 3 ? name##_v3(w, g, n, lanes) : name##_v2(w, g, n, lanes); \
+  target Sums name##_both(const void* w, const void* g, int64_t n) { \
+    return row_body<W, true>(static_cast<const A*>(w), static_cast<const B*>(g), n); \
+  }
+#define LEAML_RELEVANCE(name, A, B) \
+  LEAML_RELEVANCE_FOR(name##_v4, LEAML_V4, 16, A, B) \
+  LEAML_RELEVANCE_FOR(name##_v3, LEAML_V3, 8, A, B) \
+  LEAML_RELEVANCE_FOR(name##_v2, , 4, A, B) \
+  RowRelevance name(bool absolute) { \
+    if (level() == 4) return absolute ? name##_v4_both : name##_v4_signed; \
+    if (level() == 3) return absolute ? name##_v3_both : name##_v3_signed; \
+    return absolute ? name##_v2_both : name##_v2_signed; \
   }
 #else
-#define LEAML_RELEVANCE_FOR(name, A, B, absolute) \
-  void name(const void* w, const void* g, int64_t n, Lanes& lanes) { \
-    relevance_body<4, absolute>(static_cast<const A*>(w), static_cast<const B*>(g), n, lanes); \
-  }
-#endif
 #define LEAML_RELEVANCE(name, A, B) \
-  LEAML_RELEVANCE_FOR(name##_signed, A, B, false) \
-  LEAML_RELEVANCE_FOR(name##_both, A, B, true) \
-  void name(const void* w, const void* g, int64_t n, bool absolute, Lanes& lanes) { \
-    absolute ? name##_both(w, g, n, lanes) : name##_signed(w, g, n, lanes); \
-  }
+  Sums name##_signed(const void* w, const void* g, int64_t n) { \
+    return row_body<4, false>(static_cast<const A*>(w), static_cast<const B*>(g), n); \
+  } \
+  Sums name##_both(const void* w, const void* g, int64_t n) { \
+    return row_body<4, true>(static_cast<const A*>(w), static_cast<const B*>(g), n); \
+  } \
+  RowRelevance name(bool absolute) { return absolute ? name##_both : name##_signed; }
+#endif
 LEAML_RELEVANCE(relevance_f32_f32, float, float)
 LEAML_RELEVANCE(relevance_bf16_bf16, bf16, bf16)
 LEAML_RELEVANCE(relevance_f16_f16, fp16, fp16)
 LEAML_RELEVANCE(relevance_bf16_f32, bf16, float)
 LEAML_RELEVANCE(relevance_f16_f32, fp16, float)
+
+// A tile of a strided row, already fp32.
+LEAML_CLONES void add_tile(const float* w, const float* g, int64_t n, Lanes& lanes) {
+  relevance_body<4, true>(w, g, n, false, lanes);
+}
 
 // --- element-wise loops ----------------------------------------------------------------------------------------------
 
@@ -421,47 +482,18 @@ LEAML_CLONES void encode_clones(const float* __restrict values, int64_t n, bool 
 
 }  // namespace
 
-namespace {
-void add_run(const void* w, Type wt, const void* g, Type gt, int64_t n, bool absolute, Lanes& lanes) {
-  if (wt == Type::f32) return relevance_f32_f32(w, g, n, absolute, lanes);
-  if (wt == Type::bf16)
-    return gt == Type::f32 ? relevance_bf16_f32(w, g, n, absolute, lanes) : relevance_bf16_bf16(w, g, n, absolute, lanes);
+void add_relevance(const float* w, const float* g, int64_t n, Lanes& lanes) { add_tile(w, g, n, lanes); }
+
+RowRelevance row_relevance(Type wt, Type gt, bool absolute) {
+  if (wt == Type::f32) return relevance_f32_f32(absolute);
+  if (wt == Type::bf16) return gt == Type::f32 ? relevance_bf16_f32(absolute) : relevance_bf16_bf16(absolute);
 #if defined(LEAML_DISPATCH)
-  if (gt == Type::f16 && level() >= 3) {
-    const fp16 *a = static_cast<const fp16*>(w), *b = static_cast<const fp16*>(g);
-    return level() == 4 ? relevance_f16_v4(a, b, n, lanes) : relevance_f16_v3(a, b, n, lanes);
-  }
+  if (gt == Type::f16 && level() >= 3) return level() == 4 ? relevance_f16_v4 : relevance_f16_v3;
 #endif
-  return gt == Type::f32 ? relevance_f16_f32(w, g, n, absolute, lanes) : relevance_f16_f16(w, g, n, absolute, lanes);
-}
-}  // namespace
-
-void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, bool absolute, Lanes& lanes) {
-  // The hardware keeps up with a stream inside a page and stops at its end: the next pages are touched in time, their
-  // translation first. More software prefetching than that makes it slower.
-  const int64_t wb = wt == Type::f32 ? 4 : 2, gb = gt == Type::f32 ? 4 : 2;
-  const int64_t run = 4096 / (wb > gb ? wb : gb);
-  const char *a = static_cast<const char*>(w), *b = static_cast<const char*>(g);
-  for (int64_t i = 0; i < n; i += run) {
-    __builtin_prefetch(a + (i + 2 * run) * wb);
-    __builtin_prefetch(b + (i + 2 * run) * gb);
-    __builtin_prefetch(a + (i + run) * wb + 64);
-    __builtin_prefetch(b + (i + run) * gb + 64);
-    add_run(a + i * wb, wt, b + i * gb, gt, n - i < run ? n - i : run, absolute, lanes);
-  }
+  return gt == Type::f32 ? relevance_f16_f32(absolute) : relevance_f16_f16(absolute);
 }
 
-namespace {
-float tree(const float* x) {
-  float half[kLanes];
-  memcpy(half, x, sizeof(half));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) half[i] += half[i + width];
-  return half[0];
-}
-}  // namespace
-
-Sums total(const Lanes& lanes) { return {tree(lanes.wg), tree(lanes.abs_wg), tree(lanes.gg)}; }
+Sums total(const Lanes& lanes) { return total_of(lanes, true); }
 
 void add_columns(const float* w, const float* g, int64_t n, float* wg, float* abs_wg, float* gg) {
   add_columns_clones(w, g, n, wg, abs_wg, gg);

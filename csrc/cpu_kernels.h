@@ -15,10 +15,13 @@ struct Lanes {
   alignas(64) float wg[kLanes], abs_wg[kLanes], gg[kLanes];
 };
 
-// Adds n contiguous elements, the first of which belongs to lane 0. abs_wg only where it is asked for.
-void add_relevance(const void* w, Type wt, const void* g, Type gt, int64_t n, bool absolute, Lanes& lanes);
+// Adds n contiguous elements, the first of which belongs to lane 0.
+void add_relevance(const float* w, const float* g, int64_t n, Lanes& lanes);
 // The fixed-order total of the lanes.
 Sums total(const Lanes& lanes);
+// The same for a whole contiguous row of n elements at once: the function for these types. abs_wg only where `absolute`.
+using RowRelevance = Sums (*)(const void* w, const void* g, int64_t n);
+RowRelevance row_relevance(Type wt, Type gt, bool absolute);
 // acc[j] += for column sums: n columns of one row.
 void add_columns(const float* w, const float* g, int64_t n, float* wg, float* abs_wg, float* gg);
 

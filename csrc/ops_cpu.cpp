@@ -34,20 +34,18 @@ void for_items(int64_t count, int64_t elements, const F& f) {
 
 // --- relevance -----------------------------------------------------------------------------------------------------
 
-Sums row_sums(const Matrix& w, const Matrix& g, int64_t row, bool absolute) {
-  cpu::Lanes lanes{};
+// The sums of one row of a part; `whole` sums a contiguous one.
+Sums row_sums(const Matrix& w, const Matrix& g, int64_t row, cpu::RowRelevance whole) {
   const char* wp = w.data + row * w.row_stride * bytes(w.dtype);
   const char* gp = g.data + row * g.row_stride * bytes(g.dtype);
-  if (w.col_stride == 1 && g.col_stride == 1) {
-    cpu::add_relevance(wp, kernel_type(w.dtype), gp, kernel_type(g.dtype), w.cols, absolute, lanes);
-  } else {
-    alignas(64) float wb[cpu::kTile], gb[cpu::kTile];
-    for (int64_t c = 0; c < w.cols; c += cpu::kTile) {
-      const int64_t n = std::min<int64_t>(cpu::kTile, w.cols - c);
-      cpu::load(wp + c * w.col_stride * bytes(w.dtype), kernel_type(w.dtype), w.col_stride, n, wb);
-      cpu::load(gp + c * g.col_stride * bytes(g.dtype), kernel_type(g.dtype), g.col_stride, n, gb);
-      cpu::add_relevance(wb, cpu::Type::f32, gb, cpu::Type::f32, n, absolute, lanes);
-    }
+  if (w.col_stride == 1 && g.col_stride == 1) return whole(wp, gp, w.cols);
+  cpu::Lanes lanes{};
+  alignas(64) float wb[cpu::kTile], gb[cpu::kTile];
+  for (int64_t c = 0; c < w.cols; c += cpu::kTile) {
+    const int64_t n = std::min<int64_t>(cpu::kTile, w.cols - c);
+    cpu::load(wp + c * w.col_stride * bytes(w.dtype), kernel_type(w.dtype), w.col_stride, n, wb);
+    cpu::load(gp + c * g.col_stride * bytes(g.dtype), kernel_type(g.dtype), g.col_stride, n, gb);
+    cpu::add_relevance(wb, gb, n, lanes);
   }
   return cpu::total(lanes);
 }
@@ -137,7 +135,9 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
     const Item& item = items[size_t(index)];
     const Part& p = parts[item.part];
     if (p.dim == 1) return column_sums(p.w, p.g, item.begin, item.end - item.begin, &sums[item.part][size_t(item.begin)]);
-    for (int64_t r = item.begin; r < item.end; ++r) sums[item.part][size_t(r)] = row_sums(p.w, p.g, r, absolute);
+    const cpu::RowRelevance whole = cpu::row_relevance(kernel_type(p.w.dtype), kernel_type(p.g.dtype), absolute);
+    Sums* own = sums[item.part].data();
+    for (int64_t r = item.begin; r < item.end; ++r) own[r] = row_sums(p.w, p.g, r, whole);
   });
   return scalar_tensor(finish(parts, sums, outputs, criteria, scale, skip));
 }
@@ -317,9 +317,10 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
     const Item& item = items[size_t(index)];
     const Update& u = updates[item.part];
     int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
+    const cpu::RowRelevance whole = cpu::row_relevance(kernel_type(u.w.dtype), kernel_type(u.g.dtype), absolute);
     Coefficients known;
     for (int64_t r = item.begin; r < item.end; ++r) {
-      sums[item.part][size_t(r)] = row_sums(u.w, u.g, r, absolute);
+      sums[item.part][size_t(r)] = row_sums(u.w, u.g, r, whole);
       // the row and its gradient are still in the cache
       if (j < u.k && u.rows[j] == r) {
         if (!call.skip) step_row(u, item.part, j, call, known);
