@@ -138,7 +138,8 @@ def run(
         write_json(path, {**head, "config": config, "written": len(written.pairs), **found})
     if not accuracy:
         return True
-    for entry in read_json(path)["alone"]:
+    # what answers the main question first: with the defaults, and with none
+    for entry in sorted(read_json(path)["alone"], key=lambda entry: entry["filter"] not in (NONE, DEFAULT)):
         target = path_of(directory, name, entry["kept"])
         if target.exists():
             continue

@@ -176,9 +176,12 @@ _ALWAYS = {
 
 
 def _recorded(stage: str, config: Any) -> dict[str, Any]:
+    data = dataclasses.asdict(config)
     known = _ALWAYS.get(stage)
-    later = {f.name: f.default for f in dataclasses.fields(config) if known is not None and f.name not in known}
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
+    if known is None:
+        return data
+    default = dataclasses.asdict(type(config)())
+    return {name: value for name, value in data.items() if name in known or value != default[name]}
 
 
 class Study:

@@ -259,6 +259,15 @@ def test_bad_input_is_told_in_a_sentence(checkpoint, options, message):
         command.main(arguments("--checkpoint", str(checkpoint), *options))
 
 
+def test_a_setting_added_later_leaves_older_results_comparable():
+    """The hashes that result files of the first protocol have, which knew neither caption check nor target mix."""
+    for method, setting in {"leaml": "73855571b0", "lora": "d1210abf0e", "joint": "b2c83c74b5"}.items():
+        config = resolve(Protocol(), method, 0, None, None)
+        assert identity("", "", method, 0.01, 0, config)["setting"] == setting
+    changed = resolve(dataclasses.replace(Protocol(), mix="labels", caption=True), "leaml", 0, None, None)["stages"]
+    assert changed["generate"]["mix"] == "labels" and changed["filter"]["caption"] and changed["verify"]["caption"]
+
+
 def test_methods_come_in_the_studys_order():
     assert check_methods(["leaml", "blind"]) == ["blind", "leaml"]
     assert set(ORDER) == set(METHODS)
