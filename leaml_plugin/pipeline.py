@@ -120,6 +120,9 @@ class AdaptConfig:
             raise LeamlError(f"rounds is {self.rounds}; it must be at least 1.")
         if not -1 <= self.round_gain < 1:
             raise LeamlError(f"round_gain is {self.round_gain}; it is a rise of a share, from -1 (never stop) to 1.")
+        self.generate.engine.check(self.generate.backend)
+        if not self.generate.engine.logprobs and (self.filter.min_logprob is not None or self.filter.keep_share < 1):
+            raise LeamlError("filter.min_logprob and filter.keep_share need generate.engine.logprobs=true.")
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         if self.method == "leaml" and not self.unlabeled:
@@ -302,12 +305,16 @@ class Adaptation:
         )
 
     def generate(self, generator: dict[str, Path]) -> list[Path]:
+        weights = {**self._start, **generator}
         return generate.run(
             self.config.generate,
             self._stage("generate", shared=True),
             pictures=self.inputs.pictures,
             labels=self.inputs.labels,
-            **self._tools({**self._start, **generator}),
+            weights={"path": self.config.model, **weights},
+            dtype=self.config.dtype,
+            trust_remote_code=self.config.trust_remote_code,
+            **self._tools(weights),
         )
 
     def verify(self, generator: dict[str, Path], shards: Sequence[Path]) -> list[Path]:
@@ -605,6 +612,7 @@ def _identity(config: AdaptConfig) -> dict[str, Any]:
     del data["output"], data["caption"]
     if config.caption.teacher:
         data["caption"] = config.caption.identity()
+    data["generate"]["engine"] = config.generate.engine.identity(config.generate.backend)
     return data
 
 

@@ -176,6 +176,15 @@ class Collator:
             self._prefixes[text] = self._target_ids(self._plain(text))
         return self._prefixes[text]
 
+    def prompt_text(self, turn: Turn, prefix: str = "") -> str:
+        """The prompt as the chat template writes it, with one placeholder a picture; what other engines are given.
+
+        ``prefix`` is a beginning of the answer, appended as it would stand there.
+        """
+        text = self._render(self._plain(turn.prompt), len(turn.images), ask=True)
+        prefix = self._plain(prefix.strip())
+        return text + self._lead + prefix if prefix else text
+
     def decode(self, ids: Tensor) -> str:
         """Generated ids as text, without special tokens, reasoning (``<think>…</think>``) and outer white space."""
         with _TOKENIZING:

@@ -11,7 +11,6 @@ Does not cover: talking to a model (``leaml_plugin.teachers``); captions from a 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from leaml_plugin.artifacts import StageDirectory, read_records, write_json, wri
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.progress import Progress
 from leaml_plugin.records import Picture, from_json, to_json
-from leaml_plugin.teachers import Answer, Caption, Failure, judge
+from leaml_plugin.teachers import Answer, Caption, Failure, judge, seed_of
 from leaml_plugin.teachers.client import ChatClient, ServerConfig, check_url
 from leaml_plugin.teachers.prompt import TeacherPrompt
 
@@ -329,12 +328,6 @@ def _server(
             f"the captions have cost {cost():.2f}, more than server.max_cost ({config.server.max_cost:g}); "
             f"{book.count - book.left} of {book.count} are kept: raise it and repeat the command to go on."
         )
-
-
-def seed_of(seed: int, *names: object) -> int:
-    """A seed of its own for each thing that is drawn, between 0 and 2**31 - 1."""
-    digest = hashlib.blake2b("\0".join(map(str, (seed, *names))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
 
 # -- shards under way ------------------------------------------------------------------------------------------------

@@ -9,21 +9,23 @@ generator goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leaml_plugin.artifacts import StageDirectory, write_json, write_records
-from leaml_plugin.errors import LeamlError
+from leaml_plugin.backends import NAMES, EngineConfig, opened
+from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.families import Families, Mix, deal
 from leaml_plugin.progress import Progress
 from leaml_plugin.records import QA, UNREADABLE, Picture, PseudoQA
 
 if TYPE_CHECKING:
     from leaml_plugin.data import Collator, Prompts, Turn
+    from leaml_plugin.inference import Generated
     from leaml_plugin.models import Loaded
 
 FAMILIES = "families.json"
@@ -44,6 +46,8 @@ class GenerateConfig:
         mix: which share of the samples each family of questions gets: "labels" (as in the labels), "uniform", or
             weights of beginnings, such as "how many=2, is there=1"; empty: the generator asks what it will.
         families: the most families that are learnt from the labels.
+        backend: where the generator runs: "transformers" (in this process), "vllm" (in this process) or "server".
+        engine: what the back ends beside "transformers" are told.
     """
 
     samples: int = 4
@@ -55,6 +59,8 @@ class GenerateConfig:
     seed: int = 0
     mix: str = ""
     families: int = 12
+    backend: str = "transformers"
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
         for name in ("samples", "max_new_tokens", "batch_size", "shard_size", "families"):
@@ -64,6 +70,8 @@ class GenerateConfig:
             raise LeamlError("generate: temperature must not be negative, and top_p must lie in (0, 1].")
         if self.temperature == 0 and self.samples > 1:
             raise LeamlError("generate: with temperature 0 all samples of a picture are equal; set samples=1.")
+        if self.backend not in NAMES:
+            raise unknown_name("generate.backend", self.backend, NAMES)
 
 
 def run(
@@ -75,10 +83,16 @@ def run(
     prompts: Prompts,
     pictures: Sequence[Picture],
     labels: Sequence[QA] = (),
+    weights: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write pseudo-QA for ``pictures`` with the generator that ``load`` gives; returns the shards in order.
 
-    ``labels`` are what the families of a target mix are learnt from.
+    Args:
+        labels: what the families of a target mix are learnt from.
+        weights, dtype, trust_remote_code: where the generator's weights lie (``{"path": model, "adapter": adapter}``)
+            and how to load them, for the other back ends.
     """
     if stage.done:
         return stage.shards()
@@ -86,14 +100,27 @@ def run(
     if steer is not None and stage.rank.leads:
         write_json(stage.file(FAMILIES), steer.to_json())
     size = config.shard_size
-    write: Callable[[Sequence[Picture], Progress], list[PseudoQA]] | None = None
+    write: Callable[..., Iterator[Generated]] | None = None
     bar = Progress("pseudo-QA", len(pictures), unit="picture", start=min(len(pictures), size * len(stage.shards())))
-    for i in stage.open_shards(-(-len(pictures) // size)):
-        if write is None:  # the model is loaded where there is work left
-            loaded = load()
-            write = partial(write_pairs, config, loaded, collator(loaded), prompts, steer)
-        shard = pictures[i * size : (i + 1) * size]
-        write_records(stage.shard(i), write(shard, bar))
+    with contextlib.ExitStack() as stack:
+        for i in stage.open_shards(-(-len(pictures) // size)):
+            if write is None:  # the model is loaded where there is work left
+                vllm = config.backend == "vllm"
+                engine = opened(
+                    config.backend,
+                    config.engine,
+                    load=load,
+                    collator=collator,
+                    prompts=prompts,
+                    weights=weights,
+                    work=stage.work / f"rank-{stage.rank.number}",
+                    images=max(len(picture.images) for picture in pictures) if vllm else 1,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                )
+                write = stack.enter_context(engine)
+            shard = pictures[i * size : (i + 1) * size]
+            write_records(stage.shard(i), write_pairs(config, write, prompts, steer, shard, bar))
     bar.close()
     stage.finish_shards()
     return stage.shards()
@@ -101,8 +128,7 @@ def run(
 
 def write_pairs(
     config: GenerateConfig,
-    loaded: Loaded,
-    collator: Collator,
+    generate: Callable[..., Iterator[Generated]],
     prompts: Prompts,
     steer: Mix | None,
     pictures: Sequence[Picture],
@@ -110,9 +136,10 @@ def write_pairs(
 ) -> list[PseudoQA]:
     """The pairs of one shard, the samples of a picture one after the other.
 
+    ``generate`` is :func:`leaml_plugin.inference.generate` of one model, or another back end's.
     A picture that cannot be read makes one pair without question, whose reason says so.
     """
-    from leaml_plugin.inference import Sampling, generate
+    from leaml_plugin.inference import Sampling
 
     sampling = None
     if config.temperature > 0:
@@ -121,9 +148,7 @@ def write_pairs(
     written: dict[str, list[PseudoQA]] = {picture.id: [] for picture in pictures}
     images = {picture.id: picture.images for picture in pictures}
     for text in generate(
-        loaded,
         [_turn(config, prompts, steer, picture) for picture in pictures],
-        collator=collator,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         sampling=sampling,

@@ -10,6 +10,7 @@ A teacher is a function from pictures to ``(picture, Answer | Failure)`` in any 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,12 @@ class Caption:
     reason: str = ""
     text: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def seed_of(seed: int, *names: object) -> int:
+    """A seed of its own for each thing that is drawn, between 0 and 2**31 - 1."""
+    digest = hashlib.blake2b("\0".join(map(str, (seed, *names))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
 
 def judge(answer: Answer | Failure, prompt: TeacherPrompt) -> tuple[str | None, str, str]:

@@ -204,6 +204,7 @@ class ChatClient:
         self._told = -1e9
         self._random = random.Random()
         self.retried = 0
+        self.listed: list[str] = []
 
     def __enter__(self) -> ChatClient:
         return self
@@ -221,14 +222,15 @@ class ChatClient:
     def connect(self) -> str:
         """Wait until the server answers, at most ``wait`` seconds; returns the model's name.
 
+        ``listed`` then holds the names of the models that the server tells of.
+
         Raises:
             LeamlError: nobody answers, the key is refused, or the model must be named.
         """
         deadline = time.monotonic() + self.config.wait
-        listed: list[str] | None = None
         while True:
             try:
-                listed = _names(self._exchange("GET", "models", None, min(30.0, self.config.timeout)))
+                self.listed = _names(self._exchange("GET", "models", None, min(30.0, self.config.timeout)))
                 break
             except _Rejected:
                 break  # a server without a list of models
@@ -239,10 +241,10 @@ class ChatClient:
                     raise LeamlError(f"{self.url}: {problem}; start the server, or correct the address.") from problem
                 self._stop.wait(min(1.0, max(0.05, self.config.backoff)))
         if not self.model:
-            if not listed or len(listed) > 1:
-                known = f" ({', '.join(listed[:8])})" if listed else ""
+            if len(self.listed) != 1:
+                known = f" ({', '.join(self.listed[:8])})" if self.listed else ""
                 raise LeamlError(f"{self.url}: name one of the server's models{known}.")
-            self.model = listed[0]
+            self.model = self.listed[0]
         return self.model
 
     def ask(self, body: Mapping[str, Any]) -> Answer | Failure:
