@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Config:
     pairs: int = 9
     memory: bool = True
     json: Path | None = None
+    plot: Path | None = None
     only: str = ""
 
     def validate(self) -> None:
@@ -64,6 +65,7 @@ class Row:
     """One contender: milliseconds a step, ratio to selective neurons is ``peer / ours`` in the same repetition."""
 
     name: str
+    size: str
     density: float | None
     time_ms: float
     trainable: int
@@ -229,11 +231,26 @@ def measure_only(config: Config, device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run(config: Config) -> list[Row]:
-    """Measure all contenders; print and, where asked for, write one row each."""
+def run(config: Config, sizes: Sequence[str] = ()) -> list[Row]:
+    """Measure all contenders at ``config.size`` or at each of ``sizes``; print, write and draw where asked for."""
+    rows: list[Row] = []
+    each = [replace(config, size=size) for size in sizes] or [config]
+    for one in each:
+        one.validate()
+    for one in each:
+        rows += run_size(one)
+        if config.json is not None and rows:
+            config.json.parent.mkdir(parents=True, exist_ok=True)
+            config.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if config.plot is not None:
+        plot(rows, config.plot)
+    return rows
+
+
+def run_size(config: Config) -> list[Row]:
+    """All contenders at one size; with ``config.only`` the peak memory of one is printed and nothing returned."""
     import torch
 
-    config.validate()
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads)
     if config.only:
@@ -252,6 +269,7 @@ def run(config: Config) -> list[Row]:
         rows.append(
             Row(
                 name=runner.name,
+                size=config.size,
                 density=runner.density,
                 time_ms=quantile(own, 0.5),
                 trainable=sum(p.numel() for p in runner.params),
@@ -264,10 +282,46 @@ def run(config: Config) -> list[Row]:
             )
         )
         print(line(rows[-1]), flush=True)
-    if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Time, peak memory and optimizer state of a step against density, one column a model size."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LeamlError("--plot needs matplotlib; install leaml_plugin[report].") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = list(dict.fromkeys(row.size for row in rows))
+    measures = {
+        "ms a step": lambda row: row.time_ms,
+        "peak memory, MiB": lambda row: (row.peak_bytes or 0) / 2**20,
+        "optimizer states, MiB": lambda row: row.state_bytes / 2**20,
+    }
+    figure, panels = pyplot.subplots(
+        len(measures), len(sizes), figsize=(3.6 * len(sizes), 7.2), squeeze=False, sharex=True
+    )
+    for column, size in enumerate(sizes):
+        own = [row for row in rows if row.size == size]
+        full = next(row for row in own if row.name == "full")
+        for panel, (title, value) in zip(panels[:, column], measures.items()):
+            for kind, style in (("selective", "o-"), ("lora", "s--")):
+                some = [row for row in own if row.name.startswith(kind)]
+                label = {"selective": "leaml", "lora": "LoRA of equal size"}[kind]
+                panel.plot([100 * (row.density or 0) for row in some], [value(row) for row in some], style, label=label)
+            panel.axhline(value(full), color="k", ls=":", label="full AdamW")
+            panel.set_ylim(bottom=0)
+            if column == 0:
+                panel.set_ylabel(title)
+        panels[0][column].set_title(f"{size}, {full.trainable / 1e6:.0f} M weights", fontsize=9)
+        panels[-1][column].set_xlabel("density, %")
+    panels[0][-1].legend(fontsize=7)
+    figure.suptitle(f"A training step, {rows[0].machine['device']}, {rows[0].machine['threads']} thread(s)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def line(row: Row) -> str:
@@ -284,7 +338,9 @@ def line(row: Row) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``leaml bench step``."""
     default = Config()
-    parser.add_argument("--size", default=default.size, help=f"model size: {', '.join(SIZES)}")
+    parser.add_argument(
+        "--size", nargs="+", default=[default.size], help=f"model sizes, one after the other: {', '.join(SIZES)}"
+    )
     parser.add_argument("--densities", nargs="+", type=float, default=list(default.densities), metavar="FRACTION")
     parser.add_argument("--batch", type=int, default=default.batch)
     parser.add_argument("--text", type=int, default=default.text, help="text tokens of an example")
@@ -295,26 +351,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=default.pairs, help="repetitions (default: %(default)s)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw time, memory and states against density here (.svg, .png)")
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> int:
     """``leaml bench step``; exit code 0."""
     fields = (
-        "size",
-        "densities",
-        "batch",
-        "text",
-        "image",
-        "dtype",
-        "device",
-        "threads",
-        "pairs",
-        "memory",
-        "json",
-        "only",
-    )
-    run(Config(**{name: getattr(args, name) for name in fields}))
+        "densities", "batch", "text", "image", "dtype", "device", "threads", "pairs", "memory", "json", "plot", "only",
+    )  # fmt: skip
+    run(Config(size=args.size[0], **{name: getattr(args, name) for name in fields}), args.size)
     return 0
 
 
