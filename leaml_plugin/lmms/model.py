@@ -39,6 +39,7 @@ from leaml_plugin.records import ImageRef
 #: Options of a task's ``generation_kwargs`` that are handed to ``generate``; ``until`` is applied to the text.
 _PASSED = ("top_p", "top_k", "num_beams", "repetition_penalty", "no_repeat_ngram_size", "length_penalty", "min_p")
 _DEFAULT_NEW_TOKENS = 64
+_RENDERED = 10_000  # texts kept in the model's template
 
 
 class Leaml(lmms):
@@ -277,6 +278,10 @@ class Conversation:
 class MessageCollator(Collator):
     """Encodes whole conversations of lmms-eval's form, with pictures in memory where the text has them."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._rendered: dict[str, str] = {}
+
     def conversation(self, messages: Sequence[Mapping[str, Any]], where: str, max_frames: int) -> Conversation:
         """``messages`` in the model's chat template, ending where the model's answer begins.
 
@@ -291,8 +296,13 @@ class MessageCollator(Collator):
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             turns.append({"role": message["role"], "content": self._content(parts, pictures, where, max_frames)})
-        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return Conversation(text, tuple(pictures), where)
+        # a task's questions repeat, and rendering one takes as long as a small model's token
+        key = json.dumps(turns)
+        if key not in self._rendered:
+            if len(self._rendered) >= _RENDERED:
+                self._rendered.clear()
+            self._rendered[key] = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return Conversation(self._rendered[key], tuple(pictures), where)
 
     def batch(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         """A left-padded batch for ``generate``.
