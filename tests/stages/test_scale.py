@@ -135,8 +135,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(room
     monkeypatch.setitem(sys.modules, "full_disk_job", module)
     monkeypatch.setitem(cli.COMMANDS, "job", ("full_disk_job", "a job"))
     assert cli.main(["job"]) == 2
-    [sentence] = capsys.readouterr().err.strip().splitlines()
-    assert sentence.endswith("jsonl.tmp: the disk is full; make room and repeat the command.") or ".jsonl" in sentence
+    *_, sentence = capsys.readouterr().err.strip().splitlines()
+    assert sentence.startswith("leaml: ") and ".jsonl" in sentence
+    assert sentence.endswith(".tmp: the disk is full; make room and repeat the command.")
     stages = tmp_path / "run" / "stages"
     before = {name: data for name, data in tree(stages).items() if "part-" in name and ".tmp" not in name}
     want = tree(whole[0] / "stages")
