@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import os
 import shlex
@@ -55,7 +56,8 @@ class EngineConfig:
         options: of vLLM's ``LLM``, e.g. ``{"gpu_memory_utilization": 0.8, "max_model_len": 8192}``.
         url: address of the server, ``http://host:port/v1``.
         model: what the server calls the generator. Empty: the name that a run gives it, ``leaml-`` and the beginning
-            of its hash, so that the server of another run or round is not taken for it.
+            of its hash, so that the server of another run or round is not taken for it. ``{model}`` is filled in with
+            the directory, by which ``transformers serve`` knows it.
         launch: a command that starts the server, run without a shell, with ``{model}`` (the directory), ``{name}`` and
             ``{port}`` filled in; the server ends with the stage. Empty: somebody else starts it.
         encoding: how pictures go to a server: "png" (exact) or "jpeg".
@@ -93,8 +95,8 @@ class EngineConfig:
             raise unknown_name("back end", name, NAMES)
         if name == "server" and not (self.url or self.launch):
             raise LeamlError("the back end 'server' needs engine.url, or engine.launch, a command that starts one.")
-        if name == "vllm":
-            _vllm()
+        if name == "vllm" and not _is_installed("vllm"):
+            raise LeamlError("the back end 'vllm' is not installed; pip install vllm, or use another back end.")
 
     def identity(self, name: str) -> dict[str, Any]:
         """What of the settings decides the texts: not where a server is, nor how it is started and spoken to."""
@@ -148,7 +150,7 @@ def opened(
             writer.close()
         return
     directory = model_directory(weights, work)
-    model = config.model or name_of(directory)
+    model = config.model.replace("{model}", str(directory)) or name_of(directory)
     with _serving(config, directory, model) as url, ChatClient(url, model, config.server) as client:
         try:
             _check_served(client, config, model)
@@ -192,13 +194,19 @@ def _collator(directory: Path, prompts: Prompts, trust_remote_code: bool) -> Col
 # -- vLLM in this process --------------------------------------------------------------------------------------------
 
 
+def _is_installed(module: str) -> bool:
+    """Whether a module is there; importing vLLM to find that out would take seconds."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # in sys.modules without a spec
+        return sys.modules[module] is not None
+
+
 def _vllm() -> Any:
     try:
         import vllm
     except ImportError as error:
-        raise LeamlError(
-            f"the back end 'vllm' cannot be used ({error}); pip install vllm, or use the back end transformers."
-        ) from error
+        raise LeamlError(f"the back end 'vllm' cannot be used ({error}); pip install vllm, or use another.") from error
     return vllm
 
 

@@ -180,6 +180,8 @@ def test_vllm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(LeamlError, match="pip install vllm"):
         EngineConfig().check("vllm")
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm())
+    EngineConfig().check("vllm")
 
 
 # -- a server --------------------------------------------------------------------------------------------------------

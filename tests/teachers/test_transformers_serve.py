@@ -21,7 +21,13 @@ import pytest
 from PIL import Image, ImageDraw
 from transformers.utils.import_utils import is_serve_available
 
+from leaml_plugin import models
+from leaml_plugin.artifacts import StageDirectory, read_records
+from leaml_plugin.backends import EngineConfig
 from leaml_plugin.captioning import CaptionJob, write_captions
+from leaml_plugin.data import Collator, Prompts, load_unlabeled
+from leaml_plugin.records import PseudoQA
+from leaml_plugin.stages import generate
 from leaml_plugin.stages.caption import CaptionConfig
 from leaml_plugin.teachers.client import ServerConfig
 from leaml_plugin.worlds.files import checkpoint_path, prompts_path
@@ -150,3 +156,31 @@ def test_killed_and_started_again(tmp_path, images, model, capsys):
     for name in ("prompt_tokens", "completion_tokens", "prompt"):
         assert [c["meta"][name] for c in served] == [c["meta"][name] for c in own]
     assert not re.search(r"<\|", "".join(c["caption"] for c in served))
+
+
+def test_the_generator_on_a_server_that_the_run_starts(tmp_path, images, model):
+    """Greedy pairs through `transformers serve` are those of the model in this process."""
+    prompts = Prompts.load(prompts_path())
+    serve = f"{sys.executable} -m transformers.cli.transformers serve {{model}} --host 127.0.0.1 --port {{port}}"
+    engine = EngineConfig(
+        launch=f"{serve} --device cpu --dtype float32",
+        model="{model}",
+        logprobs=False,
+        server=ServerConfig(concurrency=1, backoff=0.1, wait=20.0),
+    )
+
+    def pairs(name: str, **options) -> list[PseudoQA]:
+        shards = generate.run(
+            generate.GenerateConfig(samples=1, temperature=0.0, max_new_tokens=32, shard_size=4, **options),
+            StageDirectory(tmp_path / name, "key"),
+            load=lambda: models.load(model, dtype="float32", device="cpu"),
+            collator=lambda loaded: Collator(loaded.processor, prompts),
+            prompts=prompts,
+            pictures=load_unlabeled(images)[:10],
+            weights={"path": model},
+        )
+        return [pair for shard in shards for pair in read_records(shard, PseudoQA)]
+
+    served, own = pairs("served", backend="server", engine=engine), pairs("own")
+    assert [(p.id, p.text) for p in served] == [(p.id, p.text) for p in own]
+    assert len(served) == 10 and any(p.question for p in served)
