@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -378,3 +381,69 @@ def test_kill_nine_and_go_on(tmp_path, images):
         quiet = command(images, server.url, tmp_path / "quiet.jsonl")
         assert cli.main(quiet) == 0
     assert output.read_bytes() == (tmp_path / "quiet.jsonl").read_bytes()
+
+
+SERVE = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from fake_server import FakeServer, describe, picture_of, serving
+
+def answer(body, number):
+    os.write(1, b"%d\\n" % (picture_of(body).width - 20))
+    time.sleep(0.01)
+    return describe(body)
+
+with serving(FakeServer(answer), int(sys.argv[1])):
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_the_server_killed_twenty_times(tmp_path):
+    """At random moments: the same bytes as without, nothing lost, and only what was under way is asked again."""
+    rng = random.Random(0)
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in range(300):
+        Image.new("RGB", (20 + n, 10), (n % 256, 50, 200)).save(images / f"{n:03d}.png")
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE.format(tests=str(Path(__file__).parents[1] / "teachers")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kills, stop = 0, threading.Event()
+
+    def serve_and_kill() -> None:
+        nonlocal kills
+        while True:
+            with open(tmp_path / "asked.log", "a") as log:
+                process = subprocess.Popen([sys.executable, str(script), str(port)], stdout=log)
+            asked = (tmp_path / "asked.log").read_text().count("\n")
+            # the moment is counted in requests, so that a slow machine is killed as often
+            moment = asked + rng.randint(1, 20)
+            while not stop.is_set() and (tmp_path / "asked.log").read_text().count("\n") < moment:
+                time.sleep(rng.uniform(0, 0.01))
+            if kills == 20:
+                stop.wait()
+            process.kill()
+            process.wait()
+            if stop.is_set():
+                return
+            kills += 1
+
+    thread = threading.Thread(target=serve_and_kill)
+    thread.start()
+    settings = config(f"http://127.0.0.1:{port}/v1", shard_size=32)
+    patient = ServerConfig(concurrency=4, retries=50, backoff=0.01, max_backoff=0.1, wait=60.0, timeout=20.0)
+    try:
+        run(tmp_path / "run", images, dataclasses.replace(settings, server=patient))
+    finally:
+        stop.set()
+        thread.join()
+    assert kills == 20
+    asked = Counter(map(int, (tmp_path / "asked.log").read_text().split()))
+    assert set(asked) == set(range(300))
+    assert sum(asked.values()) <= 300 + 20 * patient.concurrency
+    with serving(FakeServer(lambda body, n: describe(body)), port):
+        run(tmp_path / "quiet", images, settings)
+    assert shards(tmp_path / "run") == shards(tmp_path / "quiet")
