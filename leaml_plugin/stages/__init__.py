@@ -3,6 +3,7 @@
 ========================  ======================================================  ==========================
 stage                     reads                                                   writes
 ========================  ======================================================  ==========================
+``caption`` (option)      a teacher, unlabelled pictures                          captions, pictures with them
 ``relevance``             base model, labelled questions                          neuron scores, selection
 ``train_generator``       base model, labels, captions, selection                 the QA generator
 ``generate``              QA generator, unlabelled pictures                       pseudo-QA shards
