@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,29 @@ def check(
     _config(path, trust_remote_code)
     Collator(load_processor(path, trust_remote_code=trust_remote_code))
     _check_weights(path)
+
+
+def check_targets(
+    path: str | os.PathLike[str], patterns: Iterable[str], *, ffn: bool = False, trust_remote_code: bool = False
+) -> None:
+    """Find target patterns that match no Linear layer, on the model's layers without their weights.
+
+    Args:
+        patterns: as :func:`target_linears` takes them.
+        ffn: whether the model must have feed-forward blocks of known layer names.
+
+    Raises:
+        LeamlError: as :func:`target_linears` and :func:`ffn_groups`.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    config = _config(path, trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    for pattern in patterns:
+        target_linears(model, pattern)
+    if ffn:
+        ffn_groups(model)
 
 
 def save(model: nn.Module, processor: Any, directory: str | os.PathLike[str]) -> None:

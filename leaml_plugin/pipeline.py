@@ -246,6 +246,10 @@ class Adaptation:
         generate.steering(config.generate, inputs.labels)  # refuses a mix that is none
         for path in (config.model, *((config.caption.path,) if config.caption.is_local else ())):
             models.check(path, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
+        patterns = [pattern for pattern in (config.relevance.targets, config.finetune.targets) if pattern]
+        ffn = config.relevance.granularity == "ffn"
+        if patterns or ffn:  # what matches nothing would else be found when the first stage has been trained
+            models.check_targets(config.model, patterns, ffn=ffn, trust_remote_code=config.trust_remote_code)
         usable: list[Inputs] = []
 
         def check() -> None:

@@ -66,6 +66,21 @@ def test_ffn_groups_are_whole_blocks(tiny_model_dir):
         models.ffn_groups(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_targets_are_checked_without_weights(tiny_model_dir, copied_config):
+    """A directory that has no weights at all is enough."""
+    models.check_targets(copied_config, [r"q_proj$"], ffn=True)
+    with pytest.raises(LeamlError, match="matches 'nothing'"):
+        models.check_targets(copied_config, [r"q_proj$", "nothing"])
+
+
+@pytest.fixture
+def copied_config(tiny_model_dir, tmp_path):
+    import shutil
+
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    return tmp_path
+
+
 def test_save_and_load_again(tiny_model_dir, tmp_path):
     loaded = models.load(tiny_model_dir, device="cpu")
     models.save(loaded.model, loaded.processor, tmp_path)

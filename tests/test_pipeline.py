@@ -439,6 +439,8 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--set", "finetune.train.betas=[2,0.9]"], "betas are [2.0, 0.9]"),
         (["--set", "finetune.train.weight_decay=-1"], "weight_decay is -1.0"),
         (["--set", "relevance.targets=("], "relevance.targets is '(', which is no regular expression"),
+        (["--set", "relevance.targets=nothing"], "no Linear layer of this qwen2_5_vl model matches 'nothing'"),
+        (["--mode", "lora", "--set", "finetune.targets=nothing"], "matches 'nothing'; give targets that match"),
         (["--mode", "lora", "--set", "finetune.lora_rank=0"], "lora_rank is 0"),
         (["--set", "filter.blind=true"], "filter.blind needs the second answers of verify.blind"),
         (["--set", "generator.qa_task=generate"], 'set generator.qa_task="both"'),
