@@ -5,8 +5,9 @@ Names resolve lazily: importing the package imports neither torch nor transforme
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from leaml_plugin.lazy import attributes
 
 __version__ = "0.1.0"
 
@@ -38,13 +39,7 @@ if TYPE_CHECKING:
     from leaml_plugin.selective import attach
     from leaml_plugin.tuner import LeamlConfig
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(_EXPORTS[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'leaml_plugin' has no attribute {name!r}")
+__getattr__ = attributes(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:

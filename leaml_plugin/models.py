@@ -9,10 +9,11 @@ Only safetensors are read, never pickles, and code from a checkpoint runs only w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,15 +117,16 @@ def load(
     processor = load_processor(path, trust_remote_code=trust_remote_code, options=processor_options)
     _check_weights(path)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path,
-            config=config,
-            dtype=kind,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **({"attn_implementation": attn} if attn else {}),
-        )
+        with no_bars(path):
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path,
+                config=config,
+                dtype=kind,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **({"attn_implementation": attn} if attn else {}),
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise LeamlError(f"{path}: the weights cannot be loaded ({_first_line(error)})") from error
     if info["missing_keys"]:
@@ -137,6 +139,21 @@ def load(
     if adapter is not None:
         model = _with_adapter(model, str(adapter))
     return Loaded(model.eval(), processor, str(path), None if adapter is None else str(adapter))
+
+
+@contextlib.contextmanager
+def no_bars(path: str | os.PathLike[str]) -> Iterator[None]:
+    """No progress bars of transformers while a directory is loaded. A model from the Hub shows how its files come."""
+    from transformers.utils import logging
+
+    if not os.path.isdir(path) or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def check(

@@ -15,6 +15,7 @@ ROOT = Path(leaml_plugin.__file__).parent
 LAYERS = {
     "leaml_plugin": 0,
     "leaml_plugin.errors": 0,
+    "leaml_plugin.lazy": 0,
     "leaml_plugin.records": 0,
     "leaml_plugin.progress": 0,
     "leaml_plugin.config": 0,

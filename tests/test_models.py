@@ -22,6 +22,22 @@ def test_load_gives_a_model_that_is_ready(tiny_model_dir):
     models.check(tiny_model_dir)
 
 
+def test_a_directory_loads_without_a_bar(tiny_models, capsys):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        models.load(tiny_models("qwen2_5_vl"), device="cpu")
+        assert "Loading weights" not in capsys.readouterr().err
+        assert logging.is_progress_bar_enabled(), "others' bars stay as they were"
+        with models.no_bars("some/hub-id"):
+            assert logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            logging.disable_progress_bar()
+
+
 def test_dtype_is_honoured_and_pictures_follow_it(tiny_models):
     loaded = models.load(tiny_models("llava"), dtype="bfloat16", device="cpu")
     assert loaded.dtype == torch.bfloat16

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from leaml_plugin.lazy import attributes
 
 _EXPORTS = {
     "Collator": "leaml_plugin.data.collate",
@@ -17,10 +16,4 @@ _EXPORTS = {
 
 __all__ = list(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(_EXPORTS[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'leaml_plugin.data' has no attribute {name!r}")
+__getattr__ = attributes(__name__, _EXPORTS)

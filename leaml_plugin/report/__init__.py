@@ -10,8 +10,9 @@ Names resolve lazily, so that the command line may import this package for its h
 from __future__ import annotations
 
 import argparse
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from leaml_plugin.lazy import attributes
 
 if TYPE_CHECKING:
     from leaml_plugin.report.comparison import write_comparison
@@ -33,11 +34,7 @@ EXAMPLES = """examples:
   leaml report runs/endo --pictures 500            # a sample of the pictures; all counts stay those of the whole run
 """
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attributes(__name__, _EXPORTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

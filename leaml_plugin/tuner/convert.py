@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from leaml_plugin import artifacts
 from leaml_plugin.errors import LeamlError
+from leaml_plugin.models import no_bars
 from leaml_plugin.selection import Selection, check_base, fingerprint, is_conv1d, is_linear, linear_shape
 from leaml_plugin.selective import Handle
 from leaml_plugin.tuner.config import LeamlConfig
@@ -422,7 +423,8 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
         config = AutoConfig.from_pretrained(path)
         image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         kind = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
-        return kind.from_pretrained(path, dtype="auto", use_safetensors=True).eval()
+        with no_bars(path):
+            return kind.from_pretrained(path, dtype="auto", use_safetensors=True).eval()
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LeamlError(f"{path}: cannot be loaded as a transformers model ({reason}).") from error

@@ -48,8 +48,9 @@ Does not cover: how the pipeline reads the exports (``leaml_plugin.data``) and h
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from leaml_plugin.lazy import attributes
 
 WORLDS = ("general", "endoscopy", "sports", "garden")
 
@@ -74,10 +75,4 @@ if TYPE_CHECKING:
     from leaml_plugin.worlds.files import ExportedWorld, checkpoint_path, export, prompts_path
     from leaml_plugin.worlds.scenes import Scene, WorldQA, render
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(_EXPORTS[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'leaml_plugin.worlds' has no attribute {name!r}")
+__getattr__ = attributes(__name__, _EXPORTS)
