@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from test_pipeline import arguments, make_project, tree
@@ -97,6 +100,28 @@ def test_rounds_end_where_no_larger_share_of_the_pairs_is_kept(project, tiny_mod
     assert json.loads((stages / "rounds" / "rounds.json").read_text())["delivered"] == 1
     assert not (stages / "round-2" / "finetune").exists() and not (stages / "round-3").exists()
     assert tree(project / "stops" / "adapter") == tree(stages / "finetune" / "adapter")
+
+
+@pytest.mark.slow
+def test_two_ranks_share_every_round(project, tiny_models):
+    """The bytes are those of one process, but for the names of the run's own folder in the second generator's files."""
+    more = ["--rounds", "2", "--set", "round_gain=-1"]
+    options = arguments(project, tiny_models("qwen2_5_vl"), "", *more)
+    where = options.index("--output") + 1
+    ranks = []
+    for output, number, count in (("alone", 0, 1), ("shared", 0, 2), ("shared", 1, 2)):
+        command = [*options[:where], str(project / output), *options[where + 1 :]]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "LEAML_RANK": str(number), "LEAML_WORLD_SIZE": str(count)}
+        ranks.append(
+            subprocess.Popen([sys.executable, "-m", "leaml_plugin.cli", *command], env=env, stdout=subprocess.DEVNULL)
+        )
+        if output == "alone":
+            ranks[0].wait(timeout=300)
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0, 0]
+    alone, shared = tree(project / "alone"), tree(project / "shared")
+    assert alone.keys() == shared.keys() and "stages/round-2/finetune/done.json" in alone
+    own = ("config.json", "report", "stages/round-2/train_generator/")
+    assert [n for n in alone if alone[n] != shared[n] and not n.startswith(own)] == []
 
 
 def test_bad_settings():
