@@ -35,6 +35,7 @@ class Protocol:
         pseudo_pictures: unlabelled pictures that the generator writes about.
         samples, temperature, top_p: texts a picture, and how they are drawn.
         pseudo_share: share of pseudo-labelled questions in a batch.
+        rounds: of self-training, of the methods with pseudo-QA: every round takes their steps again. None ends early.
         mix: target mix over families of questions, as ``GenerateConfig.mix``; empty: none.
         agreement, known_questions, min_logprob, keep_share, round_trip, blind, caption, answer_share: of the filter,
             and of the verify stage where that has to ask for it.
@@ -65,6 +66,7 @@ class Protocol:
     temperature: float = 1.0
     top_p: float = 0.95
     pseudo_share: float = 0.5
+    rounds: int = 1
     mix: str = ""
     agreement: float = 0.5
     known_questions: bool = False
@@ -77,7 +79,7 @@ class Protocol:
     lora_rank: int = 16
 
     def __post_init__(self):
-        for name in ("pool", "test_pictures", "test_questions", "general_pictures", "batch", "samples"):
+        for name in ("pool", "test_pictures", "test_questions", "general_pictures", "batch", "samples", "rounds"):
             if getattr(self, name) < 1:
                 raise LeamlError(f"study: {name} is {getattr(self, name)}; it must be at least 1.")
         if self.steps < 2 or not self.generator_share > 0:

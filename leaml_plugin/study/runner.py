@@ -153,7 +153,7 @@ def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, fine
     configs = stage_configs(protocol, method, seed, rate, finetune_rate)
     names = ["pool", "test_pictures", "test_questions", "general_pictures"]
     if METHODS[method].kind == "pseudo":
-        names.append("pseudo_pictures")
+        names += ["pseudo_pictures", *(["rounds"] if protocol.rounds > 1 else [])]
     return {
         "method": dataclasses.asdict(METHODS[method]),
         "data": {name: getattr(protocol, name) for name in names},
@@ -304,25 +304,37 @@ class Study:
                 finetune.run(configs["finetune"], stages["finetune"], load=lambda: tuned, selection=selection, **common)
             else:
                 selection = self._select(configs["relevance"], world, budget, stages)
-                shards = self._write_pairs(configs, selection, budget, stages)
-                path, counts = filter.run(configs["filter"], stages["filter"], shards=shards, labels=budget.qas)
-                pairs = list(read_records(path, PseudoQA))
-                kept, pseudo = [pair.as_qa() for pair in pairs], {"counts": counts, **world.pseudo_accuracy(pairs)}
                 # what the VQA model trains is the same for all ablations of the distillation
                 own = selection
                 if spec.choice != "relevance" and self.protocol.mode == "selected":
                     chosen = dataclasses.replace(configs["relevance"], choice="relevance")
                     own = self._select(chosen, world, budget, stages)
-                finetune.run(
-                    configs["finetune"], stages["finetune"], load=lambda: tuned, pseudo=kept, selection=own, **common
-                )
+                for number in range(self.protocol.rounds):
+                    within = Stages(Path(folder) / f"round-{number + 1}")
+                    start, tuned = self._copy(tuned if number else None), self._copy(vision=spec.vision)
+                    shards = self._write_pairs(configs, selection, budget, within, start)
+                    path, counts = filter.run(configs["filter"], within["filter"], shards=shards, labels=budget.qas)
+                    pairs = list(read_records(path, PseudoQA))
+                    before = [*pseudo.get("before", []), pseudo["accuracy"]] if pseudo else []
+                    pseudo = {
+                        "counts": counts,
+                        **world.pseudo_accuracy(pairs),
+                        **({"before": before} if before else {}),
+                    }
+                    finetune.run(
+                        configs["finetune"],
+                        within["finetune"],
+                        load=functools.partial(lambda loaded: loaded, tuned),
+                        pseudo=[pair.as_qa() for pair in pairs],
+                        selection=own,
+                        **common,
+                    )
         return Loaded(tuned.model.eval(), tuned.processor, tuned.path), pseudo
 
     def _write_pairs(
-        self, configs: Mapping[str, Any], selection: Selection, budget: Labels, stages: Stages
+        self, configs: Mapping[str, Any], selection: Selection, budget: Labels, stages: Stages, generator: Loaded
     ) -> list[Path]:
-        """Train a generator, let it write about the first unlabelled pictures, and verify; returns the shards."""
-        generator = self._copy()
+        """Train ``generator``, let it write about the first unlabelled pictures, and verify; returns the shards."""
         common: dict[str, Any] = {"collator": self._collator, "prompts": self.prompts}
         train_generator.run(
             configs["generator"],
@@ -395,7 +407,7 @@ class Study:
         with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
             stages = Stages(Path(folder))
             selection = self._select(configs["relevance"], at, budget, stages)
-            shards = self._write_pairs(configs, selection, budget, stages)
+            shards = self._write_pairs(configs, selection, budget, stages, self._copy())
             pairs = [pair for path in shards for pair in read_records(path, PseudoQA)]
         return Written(at, budget, configs, selection, pairs)
 
@@ -417,9 +429,21 @@ class Study:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _copy(self, vision: bool = False) -> Loaded:
-        """A fresh copy of the base checkpoint. Without ``vision`` its vision side is frozen and never run."""
+    def _copy(self, tuned: Loaded | None = None, *, vision: bool = False) -> Loaded:
+        """A fresh copy of the base checkpoint, or of a tuned one with its adapter merged.
+
+        Without ``vision`` its vision side is frozen and never run.
+        """
         model = copy.deepcopy(self.base.model)
+        if tuned is not None:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            other = copy.deepcopy(tuned.model)
+            for module in other.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.merge()
+            weights = {name.replace(".base_layer.", "."): value for name, value in other.state_dict().items()}
+            model.load_state_dict({name: weights[name] for name in model.state_dict()})
         model.live_vision = vision
         model.model.visual.requires_grad_(vision)
         return Loaded(model, self.base.processor, self.base.path)

@@ -268,6 +268,32 @@ def test_a_setting_added_later_leaves_older_results_comparable():
     assert changed["generate"]["mix"] == "labels" and changed["filter"]["caption"] and changed["verify"]["caption"]
 
 
+def test_a_second_round_starts_from_the_first_vqa_model(study, monkeypatch):
+    import torch
+
+    starts, tuned = [], []
+    real = type(study)._write_pairs
+
+    def write(self, configs, selection, budget, stages, generator):
+        starts.append({name: value.clone() for name, value in generator.model.state_dict().items()})
+        return real(self, configs, selection, budget, stages, generator)
+
+    answer = type(study)._answer
+    monkeypatch.setattr(type(study), "_write_pairs", write)
+    monkeypatch.setattr(
+        type(study), "_answer", lambda self, t, questions: tuned.append(t) or answer(self, t, questions)
+    )
+    one = study.run("endoscopy", "leaml", 0.25, 0)
+    monkeypatch.setattr(study, "protocol", dataclasses.replace(study.protocol, rounds=2))
+    two = study.run("endoscopy", "leaml", 0.25, 0)
+    assert one["setting"] != two["setting"] and two["pseudo"]["before"] == [one["pseudo"]["accuracy"]]
+    base, first, second = study.base.model.state_dict(), *starts[1:]
+    assert all(torch.equal(base[name], first[name]) for name in base)
+    merged = study._copy(tuned[0]).model.state_dict()  # what one round ends with is what the second starts from
+    assert all(torch.equal(merged[name], second[name]) for name in base)
+    assert any(not torch.equal(base[name], second[name]) for name in base)
+
+
 def test_methods_come_in_the_studys_order():
     assert check_methods(["leaml", "blind"]) == ["blind", "leaml"]
     assert set(ORDER) == set(METHODS)
