@@ -39,6 +39,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "granularity": ("relevance.granularity",),
     "caption_weight": ("generator.caption_weight",),
     "samples": ("generate.samples",),
+    "mix": ("generate.mix",),
     "rounds": ("rounds",),
     "steps": ("generator.train.steps", "finetune.train.steps"),
     "lr": ("generator.train.lr", "finetune.train.lr"),
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--granularity", help="a neuron is a row of a Linear (row, default) or a whole FFN neuron (ffn)")
     add("--caption-weight", type=float, help="weight of caption distillation (default 1)")
     add("--samples", type=int, help="pseudo-QA drawn a picture (default 4)")
+    add("--mix", help='families of questions to steer to: "labels", "uniform", or weights: "how many=2, is there=1"')
     add("--rounds", type=int, help="rounds of self-training (default 1); ends earlier where a round gains nothing")
     add("--steps", type=int, help="optimizer steps of generator and fine-tuning (default 300)")
     add("--lr", type=float, help="learning rate of both (default 1e-4)")
