@@ -466,7 +466,7 @@ class ChatClient:
                 put(error)
             put(None)
 
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(self.config.concurrency)]
+        threads = [threading.Thread(target=work, name="leaml-ask", daemon=True) for _ in range(self.config.concurrency)]
         for thread in threads:
             thread.start()
         held: list[tuple[T, Failure]] = []

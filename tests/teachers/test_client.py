@@ -431,10 +431,11 @@ def test_given_up_half_way_everything_stops():
         stream = chat.each(range(10_000), body_of)
         next(stream)
         stream.close()
-        time.sleep(0.2)
-        asked = len(server.requests)
-        time.sleep(0.2)
-        assert len(server.requests) == asked < 200
+        deadline = time.monotonic() + 10
+        while any(thread.name == "leaml-ask" for thread in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(thread.name == "leaml-ask" for thread in threading.enumerate())
+        assert len(server.requests) < 200
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------
