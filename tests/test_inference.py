@@ -136,7 +136,15 @@ def test_gumbel_noise_is_pinned():
     torch.testing.assert_close(noise, want, atol=1e-6, rtol=1e-6)
 
 
-def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+@pytest.mark.parametrize("first", [1, 2, 256])
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p(monkeypatch, first):
+    """Wherever it ends: among the tokens that are looked at first, or in the whole vocabulary."""
+    monkeypatch.setattr(inference, "_LIKELY", first)
+    random = torch.randn(50, 400, generator=torch.Generator().manual_seed(1)) * torch.linspace(0, 5, 50)[:, None]
+    for row, got in zip(random.softmax(-1), torch.isfinite(inference._nucleus(random, 0.9))):
+        order = row.argsort(descending=True)
+        count = int((row[order].cumsum(0) < 0.9).sum()) + 1
+        assert set(got.nonzero()[:, 0].tolist()) == set(order[:count].tolist())
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]).log()
     kept = torch.isfinite(inference._nucleus(logits, 0.7))
     assert kept.tolist() == [[False, True, False, True], [True, False, False, False]]
