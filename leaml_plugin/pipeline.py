@@ -237,6 +237,7 @@ class Adaptation:
 
         config = self.config
         unused = [f"--{name}" for name in ("unlabeled", "captions") if getattr(config, name)]
+        unused += ["--teacher"] if config.caption.teacher else []
         if config.method == "labels" and unused:
             print(
                 f'leaml: warning: method "labels" trains on the labels alone and does not read {" and ".join(unused)}.',
