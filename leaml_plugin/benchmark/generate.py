@@ -124,6 +124,7 @@ class Bench:
                 max_new_tokens=self.config.new_tokens,
                 sampling=self.sampling,
                 num_samples=self.samples,
+                return_logprobs=True,  # the filter wants them
                 progress=False,
             )
         ]
