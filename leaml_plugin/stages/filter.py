@@ -18,7 +18,8 @@ contradicts_caption  told the teacher's caption in place of the picture, the gen
 inconsistent         the samples of a picture answer this question differently, and this answer has not the majority
 duplicate            the same question and answer were kept for this picture already
 near_duplicate       a question of nearly the same words with the same answer was kept for this picture
-overrepresented      the answer has more than its share among the answers to the question (``answer_share``)
+overrepresented      the answer has more than its share among the answers to the question, or to its family of
+                     questions (``answer_share``, ``balance``)
 ===================  =================================================================================================
 
 Answers count as equal after normalisation (``leaml_plugin.metrics``). docs/pseudo-labels.md says what each filter
@@ -44,7 +45,8 @@ from pathlib import Path
 import numpy as np
 
 from leaml_plugin.artifacts import StageDirectory, atomic_path, read_json, read_records, write_json
-from leaml_plugin.errors import LeamlError
+from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.families import Families
 from leaml_plugin.metrics import normalise, normalise_question
 from leaml_plugin.records import QA, PseudoQA, to_json
 
@@ -65,6 +67,7 @@ REASONS = (
     "near_duplicate",
     "overrepresented",
 )
+BALANCES = ("question", "family")
 _CODES = {"": 0, **{reason: code for code, reason in enumerate(REASONS, 1)}}
 _NAMES = ("", *REASONS)
 
@@ -97,6 +100,8 @@ class FilterConfig:
         near_duplicate: least Jaccard index of the words of two questions that are the same question; above 1 is off.
         answer_share: largest share of the kept pairs of one question that may have the same answer, the least likely
             ones leave first; 1 keeps all. An answer may always have the share that it has among the labels.
+        balance: what ``answer_share`` counts over: the pairs of one "question", or of one "family" of questions that
+            begin alike (``leaml_plugin.families``), which suits labels that hardly ask a question twice.
     """
 
     length_slack: float = 2.0
@@ -111,6 +116,7 @@ class FilterConfig:
     duplicate: bool = True
     near_duplicate: float = 0.9
     answer_share: float = 1.0
+    balance: str = "question"
 
     def __post_init__(self):
         if self.length_slack <= 0:
@@ -120,6 +126,8 @@ class FilterConfig:
         for name in ("answer_share", "keep_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise LeamlError(f"filter: {name} is {getattr(self, name)}; it must be above 0 and at most 1.")
+        if self.balance not in BALANCES:
+            raise unknown_name("choice of what answers are balanced over", self.balance, BALANCES)
         if self.near_duplicate <= 0:
             raise LeamlError(f"filter: near_duplicate is {self.near_duplicate}; it must be positive.")
 
@@ -172,20 +180,24 @@ def judge(config: FilterConfig, pairs: Iterable[PseudoQA], labels: Sequence[QA])
     codes, logprobs = bytearray(), array("d")
     questions, answers = array("q"), array("q")
     compare = config.answer_share < 1
+    group_of = normalise_question
+    if compare and config.balance == "family":
+        group_of = Families.learn(qa.question for qa in labels).of
     for _, group in itertools.groupby(pairs, key=lambda pair: pair.picture_id):
         some = list(group)
         for pair, code in zip(some, _judge_picture(config, some, known)):
             codes.append(code)
             logprobs.append(pair.logprob)
             if compare:
-                questions.append(_hash(normalise_question(pair.question)))
+                questions.append(_hash(group_of(pair.question)))
                 answers.append(_hash(normalise(pair.answer)))
     out = np.frombuffer(codes, dtype=np.uint8)  # of a bytearray, hence writable
     scores = np.frombuffer(logprobs, dtype=np.float64)
     if compare:
         where = np.flatnonzero(out == 0)
         q, a = (np.frombuffer(h, dtype=np.int64)[where] for h in (questions, answers))
-        out[where[_overrepresented(config.answer_share, q, a, scores[where], labels)]] = _CODES["overrepresented"]
+        labelled = [(_hash(group_of(qa.question)), _hash(normalise(qa.answer))) for qa in labels]
+        out[where[_overrepresented(config.answer_share, q, a, scores[where], labelled)]] = _CODES["overrepresented"]
     if config.keep_share < 1:
         where = np.flatnonzero(out == 0)
         order = where[np.argsort(-scores[where], kind="stable")]
@@ -296,19 +308,20 @@ def _hash(text: str) -> int:
 
 
 def _overrepresented(
-    share: float, questions: np.ndarray, answers: np.ndarray, scores: np.ndarray, labels: Sequence[QA]
+    share: float, questions: np.ndarray, answers: np.ndarray, scores: np.ndarray, labels: Sequence[tuple[int, int]]
 ) -> np.ndarray:
     """Indices of the pairs beyond their answer's share of a question, the least likely first.
 
     Args:
         questions, answers: hashes, int64 ``[pairs]``.
         scores: float64 ``[pairs]``.
+        labels: question and answer of each label, hashed likewise.
     """
     if not len(questions):
         return np.zeros(0, dtype=np.int64)
     known: dict[int, Counter[int]] = defaultdict(Counter)
-    for qa in labels:
-        known[_hash(normalise_question(qa.question))][_hash(normalise(qa.answer))] += 1
+    for question, answer in labels:
+        known[question][answer] += 1
     order = np.lexsort((np.arange(len(scores)), -scores, answers, questions))
     q, a = questions[order], answers[order]
     new_question = np.r_[True, q[1:] != q[:-1]]

@@ -157,7 +157,7 @@ def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, fine
     return {
         "method": dataclasses.asdict(METHODS[method]),
         "data": {name: getattr(protocol, name) for name in names},
-        "stages": {name: _recorded(name, config) for name, config in configs.items()},
+        "stages": {name: recorded(name, config) for name, config in configs.items()},
     }
 
 
@@ -175,7 +175,8 @@ _ALWAYS = {
 }  # fmt: skip
 
 
-def _recorded(stage: str, config: Any) -> dict[str, Any]:
+def recorded(stage: str, config: Any) -> dict[str, Any]:
+    """A stage's configuration as results record it."""
     data = dataclasses.asdict(config)
     known = _ALWAYS.get(stage)
     if known is None:

@@ -146,6 +146,17 @@ def test_an_answer_beyond_its_share_leaves_least_likely_first():
     assert reasons(pairs, answer_share=0.5)[1] == []
 
 
+def test_answers_are_balanced_over_a_question_or_over_its_family():
+    labels = [QA("1", (), "Is there text?", "no"), QA("2", (), "Is there blood?", "yes")]
+    pairs = [pair(f"Is there thing {i}?", "no", str(i), logprob=-i) for i in range(6)]
+    pairs += [pair("Is there pus?", "yes", "y"), pair("How many?", "2", "z")]
+    assert judge(pairs, labels, answer_share=0.5)[1] == []  # every question is asked once
+    kept, dropped = judge(pairs, labels, answer_share=0.5, balance="family")
+    assert [p.picture_id for p in kept] == ["0", "y", "z"] and {p.reason for p in dropped} == {"overrepresented"}
+    with pytest.raises(LeamlError, match="did you mean 'family'"):
+        FilterConfig(balance="famly")
+
+
 def test_the_likeliest_share_of_what_is_left():
     pairs = [pair("Is there text?", "no", str(i), logprob=-i) for i in range(5)] + [pair("", "")]
     kept, dropped = judge(pairs, keep_share=0.4)
