@@ -13,7 +13,7 @@ EXAMPLES = """examples:
   leaml adapt --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf --labeled train.jsonl \\
       --method labels --mode lora --output runs/baseline
   leaml adapt --config endo.json --set relevance.density=0.05 --set finetune.train.steps=500
-  torchrun --nproc-per-node 8 --no-python leaml adapt ...      (pseudo-labels on 8 GPUs)
+  torchrun --nproc-per-node 8 -m leaml_plugin.cli adapt ...    (pseudo-labels on 8 GPUs)
 every setting:  leaml adapt --show-settings
 """
 

@@ -31,7 +31,7 @@ from leaml_plugin.metrics import (
     normalise,
     normalise_question,
 )
-from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA
+from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA, Skipped
 from leaml_plugin.report.words import CHECKS, family_of
 
 STAGES = ("inputs", "caption", "relevance", "train_generator", "generate", "verify", "filter", "finetune", "evaluate")
@@ -180,6 +180,11 @@ class Facts:
     def questions(self) -> dict[str, QA]:
         """The questions of the evaluation by id."""
         return {qa.id: qa for qa in self._records("inputs", "questions.jsonl", QA)}
+
+    @cached_property
+    def skipped(self) -> int:
+        """Unlabelled pictures that could not be used."""
+        return sum(1 for _ in read_records(self.run.skipped, Skipped)) if self.run.skipped.is_file() else 0
 
     def pictures(self) -> Iterator[Picture]:
         """The unlabelled pictures in order; those that pseudo-QA was written for where the list is not at hand."""

@@ -135,4 +135,6 @@ def summary(run: RunDirectory | str | os.PathLike[str]) -> str:
         if len(rows) > 1:
             rows.append({"pseudo-QA": "all", **{k: sum(r[k] for r in rows) for k in rows[0] if k != "pseudo-QA"}})
         parts.append(table(rows))
+    if facts.skipped:
+        parts.append(f"{facts.skipped} unlabelled pictures could not be used; {facts.run.skipped} tells why.")
     return "\n\n".join(parts)

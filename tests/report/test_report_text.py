@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
+from leaml_plugin.artifacts import write_records
 from leaml_plugin.metrics import Estimate
-from leaml_plugin.report import summary, table
+from leaml_plugin.records import Skipped
+from leaml_plugin.report import summary, table, write_report
 
 ROWS = [
     {
@@ -77,3 +79,11 @@ def test_summary_says_what_the_run_found(shared_run):
 
 def test_summary_of_a_run_with_nothing_to_say(make_run):
     assert summary(make_run(pictures=2, stages=("inputs",))) == ""
+
+
+def test_summary_and_page_tell_how_many_pictures_were_left_out(make_run):
+    run = make_run(pictures=4)
+    assert "could not be used" not in summary(run)
+    write_records(run.skipped, [Skipped(f"p{i}", (), "<b>truncated</b>") for i in range(3)])
+    assert summary(run).endswith(f"3 unlabelled pictures could not be used; {run.skipped} tells why.")
+    assert "3 unlabelled pictures could not be used" in write_report(run).read_text()

@@ -181,7 +181,7 @@ def test_the_table_of_the_memory_benchmark(tmp_path, capsys):
     [row] = read_json(tmp_path / "m.json")
     assert row["pictures"] == 20 and row["kept"] + row["dropped"] == 40
     assert set(row["stages_mib"]) == {"inputs", "captions", "generate", "verify", "filter", "finetune"}
-    assert row["peak_mib"] == max(row["stages_mib"].values()) > row["start_mib"] > 10
+    assert row["peak_mib"] == max(row["stages_mib"].values()) >= row["start_mib"] > 10
     assert "20 pictures" in capsys.readouterr().out
     assert cli.main(["bench", "memory", "--pictures", "0"]) == 2
 
