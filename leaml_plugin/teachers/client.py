@@ -197,6 +197,7 @@ class ChatClient:
             limits=httpx.Limits(max_connections=config.concurrency + 1, max_keepalive_connections=config.concurrency),
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             follow_redirects=False,
+            trust_env=not _is_local(self.url),  # a proxy of the environment does not know this machine's loopback
         )
         self._pace = _Pace(config.requests_per_minute, config.tokens_per_minute, float(tokens), time.monotonic)
         self._max_tokens_name = "max_tokens"

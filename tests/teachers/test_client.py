@@ -278,6 +278,26 @@ def test_a_password_in_the_address_is_refused_and_not_repeated():
     assert "hush" not in str(error.value)
 
 
+def test_a_proxy_is_not_asked_for_loopback(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with serving(FakeServer(lambda body, n: "Here.")) as server, client(server, retries=0) as chat:
+        assert chat.ask(BODY).text == "Here."
+
+
+def test_the_library_of_older_releases_of_huggingface_hub(monkeypatch):
+    """huggingface_hub 1 brings httpx, 2 brings httpx2; either does."""
+    pytest.importorskip("httpx", reason="httpx is not installed; lmms-eval and huggingface_hub 1 bring it")
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    cut = Reply(200, b"{", {"Content-Length": "600"}, hang_up=True)
+    with serving(FakeServer(first_then(cut, Reply(503, {})))) as server, client(server) as chat:
+        assert chat._httpx.__name__ == "httpx"
+        assert chat.connect() == "tiny" and chat.ask(BODY).text == "Here."
+    with client("http://127.0.0.1:9", wait=0.0) as chat, pytest.raises(LeamlError, match="no connection"):
+        chat.connect()
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
