@@ -408,9 +408,9 @@ LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __res
     if (ahead_w) {
       for (int32_t i = 0; i < chunk; i += 64 / int32_t(sizeof(W))) __builtin_prefetch(ahead_w + at + i);
       for (int32_t i = 0; i < chunk; i += 64 / int32_t(sizeof(G))) __builtin_prefetch(ahead_g + at + i);
-      for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_m + at + i);
-      for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_v + at + i);
     }
+    for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_m + at + i);
+    for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_v + at + i);
     const int32_t end = begin + chunk < n ? begin + chunk : n;
 #pragma omp simd
     for (int32_t i = begin; i < end; ++i) {

@@ -42,7 +42,8 @@ void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale
           const RowCoefficients& c, const Ahead& ahead);
 
 // One AdamW step of a whole contiguous row in place, fp32 or bf16 weights and gradients with fp32 state: nothing passes
-// through buffers. `next` is the row to come, with its state. `key` seeds stochastic rounding.
+// through buffers. `next` is the row to come (null: not far) with its state, which follows this row's. `key` seeds
+// stochastic rounding.
 void step_row(void* w, Type wt, const void* g, Type gt, float* m, float* v, int64_t n, float unscale, float factor,
               const Hyper& h, const RowCoefficients& c, const Ahead& next, bool stochastic, uint32_t key);
 

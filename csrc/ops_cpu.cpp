@@ -178,8 +178,8 @@ struct Coefficients {
   RowCoefficients values{};
 };
 
-// The j-th selected row of u: a tile at a time through L1.
-void step_row(const Update& u, size_t tensor, int64_t j, const Call& call, Coefficients& known) {
+// The j-th selected row of u, in one go or a tile at a time through L1. Row j + 1 is prefetched where it is below `end`.
+void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call& call, Coefficients& known) {
   const int64_t row = u.rows[j], source = u.compact ? j : row;
   const float t = u.step[j] + 1.0f;
   if (t != known.step) known = {t, row_coefficients(call.hyper, call.lr, t)};
@@ -196,7 +196,7 @@ void step_row(const Update& u, size_t tensor, int64_t j, const Call& call, Coeff
   // the next selected row is far away in memory: no hardware prefetcher finds it
   const char* next_w = nullptr;
   const char* next_g = nullptr;
-  if (fits && j + 1 < u.k) {
+  if (fits && j + 1 < end) {
     next_w = u.w.data + u.rows[j + 1] * u.w.row_stride * wb;
     next_g = u.g.data + (u.compact ? j + 1 : u.rows[j + 1]) * u.g.row_stride * gb;
   }
@@ -279,7 +279,8 @@ void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_a
   for_items(int64_t(items.size()), elements, [&](int64_t index) {
     const Item& item = items[size_t(index)];
     Coefficients known;
-    for (int64_t j = item.begin; j < item.end; ++j) step_row(updates[item.part], item.part, j, call, known);
+    const Update& u = updates[item.part];
+    for (int64_t j = item.begin; j < item.end; ++j) step_row(u, item.part, j, u.k, call, known);
   });
 }
 
@@ -318,15 +319,13 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
     const Update& u = updates[item.part];
     int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
     const cpu::RowRelevance whole = cpu::row_relevance(kernel_type(u.w.dtype), kernel_type(u.g.dtype), absolute);
+    // all rows of the item in one stream, then the selected ones, which are still in the cache
+    Sums* own = sums[item.part].data();
+    for (int64_t r = item.begin; r < item.end; ++r) own[r] = row_sums(u.w, u.g, r, whole);
+    if (call.skip) return;
     Coefficients known;
-    for (int64_t r = item.begin; r < item.end; ++r) {
-      sums[item.part][size_t(r)] = row_sums(u.w, u.g, r, whole);
-      // the row and its gradient are still in the cache
-      if (j < u.k && u.rows[j] == r) {
-        if (!call.skip) step_row(u, item.part, j, call, known);
-        ++j;
-      }
-    }
+    const int64_t end = std::lower_bound(u.rows + j, u.rows + u.k, item.end) - u.rows;
+    for (; j < end; ++j) step_row(u, item.part, j, end, call, known);
   });
   return scalar_tensor(finish(parts, sums, outputs, criteria, scalar_of(grad_scale, "grad_scale", false, -1),
                               scalar_of(found_inf, "found_inf", false, -1)));
