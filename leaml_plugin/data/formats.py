@@ -590,13 +590,15 @@ def _repeats(keys: array) -> bytearray:
 
 
 class _Index:
-    """Which of many items has a text: eight-byte hashes are kept and the texts are looked up."""
+    """Which of many items has a text: hashes are kept, twelve bytes an item, and the texts are looked up."""
 
-    def __init__(self, keys: array, text_of: Callable[[int], str]):
+    def __init__(self, count: int, text_of: Callable[[int], str]):
         import numpy as np
 
-        self._order = np.argsort(np.asarray(keys, np.int64), kind="stable")
-        self._keys, self._text_of = np.asarray(keys, np.int64)[self._order], text_of
+        keys = np.fromiter((text_key(text_of(n)) for n in range(count)), np.int64, count)
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._text_of = keys[order], text_of
+        self._order = order.astype(np.int32) if count < 2**31 else order
 
     def find(self, text: str) -> int | None:
         """The first item with this text."""
@@ -689,7 +691,7 @@ def _listed(name: str, records: Callable[[], Iterator[_Record]]) -> Sequence[Pic
     repeats = _repeats(keys)
     if not any(repeats):
         return pictures
-    first = _Index(keys, lambda n: pictures[n].id)
+    first = _Index(len(pictures), lambda n: pictures[n].id)
     for n in (n for n, again in enumerate(repeats) if again):
         picture = pictures[n]
         if first.find(picture.id) == n:
@@ -727,12 +729,8 @@ def _with_captions(pictures: Sequence[Picture], path: Path, root: Path) -> Seque
         what = "is a directory" if path.is_dir() else "no such file"
         raise LeamlError(f"{path}: {what}; give the file with the captions.")
     base, root = Path(os.path.abspath(path)).parent, Path(os.path.abspath(root))
-    places_seen, ids_seen = array("q"), array("q")
-    for picture in pictures:
-        places_seen.append(text_key(picture.images[0].uri))
-        ids_seen.append(text_key(picture.id))
-    by_place = _Index(places_seen, lambda n: pictures[n].images[0].uri)
-    by_id = _Index(ids_seen, lambda n: pictures[n].id)
+    by_place = _Index(len(pictures), lambda n: pictures[n].images[0].uri)
+    by_id: _Index | None = None  # captions mostly go by path
     spool, of_caption = Spool(_Caption), array("q")  # captions as they come, and the picture of each
     caption_of = array("q", [-1]) * len(pictures)
     for record in track(_caption_records(path, base), f"reading {path}", unit="caption"):
@@ -745,8 +743,10 @@ def _with_captions(pictures: Sequence[Picture], path: Path, root: Path) -> Seque
             continue  # a teacher's refusal, as `leaml caption` keeps it
         caption = _text(record, c_field, value, "the caption")
         places = [os.path.abspath(p / name) for p in (root, base)]
-        found = (*map(by_place.find, places), by_id.find(name))
-        n = next((n for n in found if n is not None), None)
+        n = next((n for n in map(by_place.find, places) if n is not None), None)
+        if n is None:
+            by_id = by_id or _Index(len(pictures), lambda n: pictures[n].id)
+            n = by_id.find(name)
         if n is None:
             # captions may cover more than the pictures chosen now, but not pictures that exist nowhere
             if any(os.path.isfile(p) for p in places):
