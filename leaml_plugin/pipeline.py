@@ -184,11 +184,15 @@ def read_inputs(config: AdaptConfig) -> Inputs:
     pictures: Sequence[Picture] = ()
     if config.method == "leaml":
         pictures = load_unlabeled(config.unlabeled, captions=config.captions or None)
-        needed = config.generator.caption_weight > 0 and not config.caption.teacher
-        if needed and not any(picture.caption for picture in pictures):
+        off = []
+        if config.generator.caption_weight > 0:
+            off.append("caption distillation off with --caption-weight 0")
+        if config.verify.caption:
+            off.append("the caption check off with verify.caption=false")
+        if off and not config.caption.teacher and not any(picture.caption for picture in pictures):
             raise LeamlError(
-                f"{config.unlabeled}: no picture has a caption; give --captions or --teacher, or turn caption "
-                "distillation off with --caption-weight 0."
+                f"{config.unlabeled}: no picture has a caption; give --captions or --teacher, or turn "
+                f"{' and '.join(off)}."
             )
     questions = load_labeled(config.evaluation, image_root=root) if config.evaluation else ()
     return Inputs(labels, pictures, questions)

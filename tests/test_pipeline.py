@@ -131,11 +131,13 @@ def test_labels_only_baselines(mode, project, tiny_models, capsys):
     model = tiny_models("qwen2_5_vl")
     options = [
         "adapt", "--model", str(model), "--labeled", str(project / "train.jsonl"), "--method", "labels", "--mode", mode,
-        "--output", str(project / mode), *FAST,
+        "--output", str(project / mode), "--unlabeled", str(project / "images"), *FAST,
     ]  # fmt: skip
     assert cli.main(options) == 0
     result = project / mode / ("model" if mode == "full" else "adapter")
-    assert str(result) in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert str(result) in said.out
+    assert "trains on the labels alone and does not read --unlabeled." in said.err
     assert any(p.suffix == ".safetensors" for p in result.iterdir())
     assert not (project / mode / "stages" / "generate").exists()
 
@@ -432,6 +434,10 @@ def test_another_configuration_in_the_output_directory(project, tiny_models, cap
         (["--lr", "nan"], "generator.train.lr is nan; it must be a finite number"),
         (["--batch-size", "1"], "set --batch-size to at least 2"),
         (["--captions", ""], "no picture has a caption; give --captions"),
+        (
+            ["--captions", "", "--caption-weight", "0", "--set", "verify.caption=true"],
+            "or turn the caption check off with verify.caption=false",
+        ),
         (["--set", "evaluate.batch_size=0"], "evaluate: batch_size is 0"),
         (["--set", "generator.caption_batch=-1"], "caption_batch is -1"),
         (["--set", "generator.train.warmup=3"], "warmup is 3.0"),
