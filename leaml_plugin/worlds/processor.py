@@ -36,6 +36,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# How a server (`transformers serve`) cuts the answer out of what was generated; without it Qwen's own would be taken.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {"content": {"close_pattern": r"<\|end\|>", "content": "text"}},
+}
 # letters (with hyphens inside words), single digits, runs of other signs; a leading blank belongs to the piece
 WORDS = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
@@ -100,6 +106,7 @@ def build_tokenizer() -> Any:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
+        response_template=RESPONSE_TEMPLATE,
     )
 
 

@@ -13,7 +13,8 @@ from leaml_plugin.benchmark import step
 def test_bytes_are_proportional_to_what_is_trained(tmp_path, native):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib (pip install leaml_plugin[report])")
     config = step.Config(
-        densities=(0.1, 0.2), batch=1, text=8, image=28, device="cpu", pairs=3, memory=False, json=tmp_path / "rows.json",
+        densities=(0.1, 0.2), batch=1, text=8, image=28, device="cpu", pairs=3, memory=False,
+        json=tmp_path / "rows.json",
         plot=tmp_path / "cost.svg",
     )  # fmt: skip
     rows = step.run(config, ["tiny"])
