@@ -367,3 +367,19 @@ def test_ranks_from_the_environment(env, arguments, want):
     else:
         rank = Rank.here(*arguments, env=env)
         assert (rank.number, rank.count) == want
+
+
+def test_each_local_rank_takes_its_own_accelerator(monkeypatch):
+    import torch
+
+    from leaml_plugin.ranks import local_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [local_device("auto", {"LOCAL_RANK": str(n)}) for n in (0, 3)] == ["cuda:0", "cuda:3"]
+    assert local_device("cuda", {"LOCAL_RANK": "2"}) == "cuda:2"
+    assert local_device("auto", {}) == "auto"
+    assert local_device("cuda:1", {"LOCAL_RANK": "2"}) == "cuda:1"
+    assert local_device("cpu", {"LOCAL_RANK": "2"}) == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as where each process sees one device alone
+    assert local_device("auto", {"LOCAL_RANK": "2"}) == "auto"

@@ -170,3 +170,41 @@ def test_no_samples_and_infinite_loss_are_told(setting, tmp_path):
     with pytest.raises(LeamlError, match="the vqa loss is nan at step 0"):
         go([Objective("vqa", [Stream("labels", [prompts.vqa(labels[0])], 1)])], parameters, optimizer, config,
            StageDirectory(tmp_path / "b", "k"), label="finetune")  # fmt: skip
+
+
+def _numbers(turns):
+    """A stand-in collator over numbers, of which the odd ones cannot be read."""
+    for n in turns:
+        if n.number % 2:
+            raise LeamlError(f"{n.number} is odd")
+    return {"read": [n.number for n in turns]}
+
+
+class Number:
+    def __init__(self, number):
+        self.number, self.id = number, f"n{number}"
+
+
+def test_a_sample_that_cannot_be_read_gives_way_to_the_next_of_its_epoch(capsys):
+    numbers = [Number(n) for n in range(12)]
+    config = TrainConfig(batch_size=4, micro_batch=3)
+    labels, captions = Stream("labels", numbers[::2], 2), Stream("captions", numbers, 2, skips=True)
+    seen = []
+    for step in range(6):
+        objective = Objective("qa", [labels, captions])
+        turns, batches = training._batches(_numbers, objective, config, step, "test")
+        assert [b["read"] for b in batches] == [[t.number for t in turns[:3]], [turns[3].number]]
+        assert turns[:2] == labels.take(step, config.seed)
+        # what could be read stays where it was
+        wanted = captions.take(step, config.seed)
+        assert all(got is want for got, want in zip(turns[2:], wanted) if want.number % 2 == 0)
+        seen += [t.number for t in turns[2:]]
+        again, _ = training._batches(_numbers, objective, config, step, "test")
+        assert again == turns
+    assert set(seen) == set(range(0, 12, 2))
+    assert "test: left out: " in capsys.readouterr().err
+    with pytest.raises(LeamlError, match="is odd"):  # a label may not be left out
+        training._batches(_numbers, Objective("qa", [Stream("labels", numbers, 4)]), config, 0, "test")
+    with pytest.raises(LeamlError, match=r"test: of the stream 'odd' 6 samples in a row cannot be read: \d+ is odd"):
+        odd = Stream("odd", numbers[1::2], 4, skips=True)
+        training._batches(_numbers, Objective("qa", [odd]), config, 0, "test")
