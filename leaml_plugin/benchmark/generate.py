@@ -35,11 +35,14 @@ if TYPE_CHECKING:
 
 OURS, LOOP, BATCHES = "leaml", "for picture: generate", "batched generate"
 WORKLOADS = ("even", "ragged")
+# Random weights with the embedded checkpoint's tokenizer: width, layers, side of a picture in pixels. What a picture
+# costs a real model is its hundreds of tokens; the embedded one has nine.
+SIZES = {"wide": (320, 6, 448)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the benchmark; ``model`` empty is the embedded checkpoint."""
+    """Options of the benchmark; ``model``: a directory, a Hub id, one of :data:`SIZES`, or empty: the embedded one."""
 
     model: str = ""
     pictures: int = 48
@@ -70,6 +73,7 @@ class Config:
 class Row:
     """One workload: seconds and texts a second of ours, ``ratio[peer]`` = peer's time / our time, with its spread."""
 
+    model: str
     workload: str
     samples: int
     pictures: int
@@ -100,6 +104,24 @@ def draw(workload: str, count: int, folder: Path) -> list[tuple[str, ...]]:
             names.append(str(path))
         out.append(tuple(names))
     return out
+
+
+def random_model(size: str, folder: Path) -> None:
+    """A Qwen2.5-VL with random weights and its processor, saved."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from leaml_plugin.worlds.processor import build_config, build_processor
+
+    width, layers, side = SIZES[size]
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(build_config(width=width, layers=layers))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # sharper than random: as a trained one, it has its likely tokens
+    model.save_pretrained(folder)
+    processor = build_processor()
+    processor.image_processor.size = {"shortest_edge": side * side, "longest_edge": side * side}
+    processor.save_pretrained(folder)
 
 
 class Bench:
@@ -149,8 +171,8 @@ class Bench:
         rows = [(turn, sample) for turn in turns for sample in range(self.samples)]
         batch = self.loaded.to_device(
             processor(
-                text=[self._prompt(turn) for turn, _ in rows],
-                images=[[Image.open(ref.uri).convert("RGB") for ref in turn.images] for turn, _ in rows],
+                text=[self._prompt(turn) for turn in turns],
+                images=[[Image.open(ref.uri).convert("RGB") for ref in turn.images] for turn in turns],
                 return_tensors="pt",
                 padding=True,
                 padding_side="left",
@@ -161,8 +183,9 @@ class Bench:
         if self.sampling is not None:  # the same draws as ours, in place of torch's own sampling
             keys = [_key(self.sampling.seed, turn.id, sample) for turn, sample in rows]
             chosen.append(_Chooser(length, self.sampling, keys, stop, False))
+        several = {"do_sample": True, "num_return_sequences": self.samples, "top_k": 0} if self.samples > 1 else {}
         settings = GenerationConfig(
-            max_new_tokens=self.config.new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=self.collator.pad_id
+            max_new_tokens=self.config.new_tokens, eos_token_id=stop, pad_token_id=self.collator.pad_id, **several
         )
         with torch.inference_mode():
             out = model.generate(**batch, generation_config=settings, logits_processor=chosen)  # type: ignore[operator]
@@ -192,8 +215,13 @@ def run(config: Config) -> list[Row]:
 
     config.validate()
     torch.set_num_threads(config.threads)
-    loaded = models.load(config.model or checkpoint_path(), device=config.device)
-    prompts = Prompts.load(None if config.model else prompts_path())
+    if config.model in SIZES:
+        with tempfile.TemporaryDirectory(prefix="leaml-bench-") as folder:
+            random_model(config.model, Path(folder))
+            loaded = models.load(folder, device=config.device)
+    else:
+        loaded = models.load(config.model or checkpoint_path(), device=config.device)
+    prompts = Prompts.load(None if config.model and config.model not in SIZES else prompts_path())
     collator = Collator(loaded.processor, prompts)
     cpu_time = loaded.device.type == "cpu" and config.threads == 1
     clock = time.process_time if cpu_time else time.perf_counter
@@ -233,6 +261,7 @@ def _compare(bench: Bench, workload: str, clock: Callable[[], float], name: str,
     seconds = statistics.median(t[OURS] for t in times)
     same = {way: [a == b for a, b in zip(texts[way], texts[OURS], strict=True)] for way in ratios}
     return Row(
+        model=bench.config.model or "embedded",
         workload=workload,
         samples=bench.samples,
         pictures=len(bench.turns),
@@ -269,7 +298,9 @@ def line(row: Row) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``leaml bench generate``."""
     default = Config()
-    parser.add_argument("--model", default="", help="directory or Hub id (default: the embedded checkpoint)")
+    parser.add_argument(
+        "--model", default="", help='directory, Hub id, or "wide": random weights, 196 tokens a picture'
+    )
     parser.add_argument("--pictures", type=int, default=default.pictures)
     parser.add_argument("--samples", nargs="+", type=int, default=list(default.samples), help="texts a picture")
     parser.add_argument("--workloads", nargs="+", default=list(default.workloads), help=", ".join(WORKLOADS))
