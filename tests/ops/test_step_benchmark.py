@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from leaml_plugin import LeamlError
 from leaml_plugin.benchmark import step
@@ -35,3 +36,10 @@ def test_bad_options_are_named():
         step.run(step.Config(), ["tyny"])
     with pytest.raises(LeamlError, match="a multiple of 28"):
         step.run(step.Config(image=30))
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_contenders_own():
+    held = torch.ones(400 * 2**20)  # 1.6 GB in this process, which a child's ru_maxrss would begin with
+    config = step.Config(size="tiny", batch=1, text=8, image=28, device="cpu")
+    assert 50 * 2**20 < step.peak_memory(config, "full") < held.numel() * held.element_size()
