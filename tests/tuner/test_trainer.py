@@ -43,7 +43,14 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True, "activation_checkpointing": True}], ids=["fp32", "bf16"])
+MODES = {
+    "fp32": {},
+    "bf16": {"bf16": True, "activation_checkpointing": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 def test_selective_trainer_resumes_exactly(base_bf16, data, tmp_path, options):
     def run(out, resume=None):
         args = arguments(out, **options)
