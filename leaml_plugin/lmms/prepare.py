@@ -109,9 +109,9 @@ def endoscopy_files(
         }
         (test if name in split.test else train).append(line)
     bar.close()
-    taught = _read_captions(captions or _beside(data, source))
-    unlabelled = [{"id": name, "image": sources[name]} for name in sorted(keep)]
-    return writer.finish(train, unlabelled, test, taught, len(split.labelled), len(split.test))
+    pictures = {"labelled": len(split.labelled), "test": len(split.test)}
+    unlabelled = {name: sources[name] for name in keep}
+    return writer.finish(train, unlabelled, test, captions or _beside(data, source), pictures)
 
 
 def _source_name(source: tuple[str, dict[str, Any]], data: str | None) -> str:
@@ -203,11 +203,10 @@ def sports_files(
             "sport": row["sport"],
         }
         (test if row["scene"] in split.test else train).append(line)
-    taught = _read_captions(captions or _beside(str(root), ("", {})))
-    unlabelled = [{"id": clip, "images": pictures[clip]} for clip in sorted(keep)]
-    labelled = {row["id"] for row in rows if row["scene"] in split.labelled}
-    tested = {row["id"] for row in rows if row["scene"] in split.test}
-    return writer.finish(train, unlabelled, test, taught, len(labelled), len(tested))
+    parts = {"labelled": split.labelled, "test": split.test}
+    counts = {part: sum(scene in scenes for scene in clips.values()) for part, scenes in parts.items()}
+    unlabelled = {clip: pictures[clip] for clip in keep}
+    return writer.finish(train, unlabelled, test, captions or _beside(str(root), ("", {})), counts)
 
 
 # ------------------------------------------------------------------------------------------------- what both need
@@ -339,34 +338,36 @@ class _Writer:
     def finish(
         self,
         train: list[dict],
-        unlabelled: list[dict],
+        unlabelled: Mapping[str, str | list[str]],
         test: list[dict],
-        captions: Mapping[str, str],
-        labelled_pictures: int,
-        test_pictures: int,
+        captions_file: str | os.PathLike[str] | None,
+        pictures: Mapping[str, int],
     ) -> Prepared:
+        """Write the files. ``unlabelled``: a picture's path, or a clip's, by name; ``pictures``: how many by part."""
         # captions filled in by hand stay
         own = self.out / "captions.jsonl"
-        captions = {**_read_captions(own if own.is_file() else None), **captions}
-        taught = []
-        for line in unlabelled:
-            files = [line["image"]] if "image" in line else line["images"]
-            caption = captions.get(line["id"]) or captions.get(Path(files[0]).stem, "")
+        captions = {**_read_captions(own if own.is_file() else None), **_read_captions(captions_file)}
+        listed, taught = [], []
+        for name in sorted(unlabelled):
+            files = unlabelled[name]
+            line = {"id": name, "image": files} if isinstance(files, str) else {"id": name, "images": files}
+            listed.append(line)
+            caption = captions.get(name) or captions.get(Path(files if isinstance(files, str) else files[0]).stem, "")
             # without a caption file every picture is listed with an empty caption, to be filled
             if caption or not captions:
                 # a single picture goes by its path, a clip by its name
-                known = {"image": line["image"]} if "image" in line else line
+                known = {"image": files} if isinstance(files, str) else line
                 taught.append({**known, "caption": caption})
         paths = {}
-        for name, lines in zip(_PARTS, (train, unlabelled, taught, test)):
+        for name, lines in zip(_PARTS, (train, listed, taught, test)):
             paths[name] = self.out / f"{name}.jsonl"
             write_text(paths[name], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         counts = {
-            "labelled_pictures": labelled_pictures,
+            "labelled_pictures": pictures["labelled"],
             "labelled_questions": len(train),
             "unlabelled_pictures": len(unlabelled),
             "captions": sum(bool(line["caption"]) for line in taught),
-            "test_pictures": test_pictures,
+            "test_pictures": pictures["test"],
             "test_questions": len(test),
         }
         marker = self.out / "prepare.json"
