@@ -12,10 +12,11 @@ Does not cover: what a stage does (``leaml_plugin.stages``) or the command line 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -351,16 +352,19 @@ class Adaptation:
 
     def _keep_skipped(self) -> None:
         """Add the pictures that could not be opened while pairs were written to those found before."""
-        found = dict.fromkeys(skipped.picture_id for skipped in self.inputs.skipped)
-        with_late = list(self.inputs.skipped)
-        for pair in read_records(self._stage("filter").file(filter.DROPPED), PseudoQA):
-            if pair.reason == UNREADABLE and pair.picture_id not in found:
-                found[pair.picture_id] = None
-                with_late.append(Skipped(pair.picture_id, pair.images, pair.checks.get(UNREADABLE, "")))
-        write_records(self.directory.skipped, with_late)
+
+        def late() -> Iterator[Skipped]:
+            last = None
+            for pair in read_records(self._stage("filter").file(filter.DROPPED), PseudoQA):
+                if pair.reason == UNREADABLE and pair.picture_id != last:
+                    last = pair.picture_id
+                    yield Skipped(pair.picture_id, pair.images, pair.checks.get(UNREADABLE, ""))
+
+        write_records(self.directory.skipped, itertools.chain(self.inputs.skipped, late()))
         print(
-            f"leaml: warning: {len(with_late)} of {len(self.inputs.pictures) + len(self.inputs.skipped)} unlabelled "
-            f"pictures could not be used; {self.directory.skipped} tells why.",
+            f"leaml: warning: {len(RecordFile(self.directory.skipped, Skipped))} of "
+            f"{len(self.inputs.pictures) + len(self.inputs.skipped)} unlabelled pictures could not be used; "
+            f"{self.directory.skipped} tells why.",
             file=sys.stderr,
         )
 
