@@ -238,9 +238,9 @@ def run(config: Config) -> list[Row]:
                 bench = Bench(config, loaded, collator, turns, samples)
                 rows.append(_compare(bench, workload, clock, "process CPU time" if cpu_time else "wall", info))
                 print(line(rows[-1]), flush=True)
-    if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                if config.json is not None:  # after every row: the run may be long
+                    config.json.parent.mkdir(parents=True, exist_ok=True)
+                    config.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
 
 
