@@ -11,6 +11,7 @@ The generator learns plain questions only with ``generator.qa_task = "both"``.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class VerifyConfig:
         blind: the answer to the same question without the picture.
         caption: the answer to the same question without the picture, from the teacher's caption as text, where there
             is one; and that without either (as ``blind``), which tells what the caption itself has changed.
+        caption_confidence: an answer from the caption is written down only if the model gives its tokens at least this
+            probability (geometric mean): where the caption does not say, the model guesses.
         batch_size: questions answered at once.
         max_new_tokens: of an answer.
     """
@@ -45,6 +48,7 @@ class VerifyConfig:
     round_trip: bool = True
     blind: bool = False
     caption: bool = False
+    caption_confidence: float = 0.5
     batch_size: int = 32
     max_new_tokens: int = 32
 
@@ -52,6 +56,10 @@ class VerifyConfig:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise LeamlError(f"verify: {name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.caption_confidence < 1:
+            raise LeamlError(
+                f"verify: caption_confidence is {self.caption_confidence}; it is a probability, from 0 to below 1."
+            )
 
     @property
     def asks(self) -> bool:
@@ -123,7 +131,7 @@ def check(
         turns = {key: prompts.vqa(dataclasses.replace(qa, images=())) for key, qa in asked.items()}
         _ask(config, loaded, collator, turns, answers, BLIND)
     if config.caption:
-        _ask(config, loaded, collator, told, answers, CAPTION)
+        _ask(config, loaded, collator, told, answers, CAPTION, sure=config.caption_confidence)
     return [_checked(pair, answers.get(_key(pair), {})) for pair in pairs]
 
 
@@ -143,9 +151,11 @@ def _ask(
     questions: dict[str, Turn],
     answers: dict[str, dict[str, str]],
     name: str,
+    sure: float = 0.0,
 ) -> None:
     from leaml_plugin.inference import generate
 
+    least = math.log(sure) if sure > 0 else -math.inf
     turns = [dataclasses.replace(turn, id=key, target=None) for key, turn in questions.items()]
     for out in generate(
         loaded,
@@ -153,7 +163,9 @@ def _ask(
         collator=collator,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
+        return_logprobs=sure > 0,
         progress=False,
         on_error=lambda turn, error: answers[turn.id].update({UNREADABLE: str(error)}),
     ):
-        answers[out.id][name] = out.text
+        if out.logprob >= least:
+            answers[out.id][name] = out.text

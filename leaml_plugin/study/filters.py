@@ -19,7 +19,7 @@ from typing import Any
 
 from leaml_plugin.artifacts import fingerprint, read_json, write_json
 from leaml_plugin.records import QA, PseudoQA
-from leaml_plugin.stages import filter
+from leaml_plugin.stages import filter, verify
 from leaml_plugin.stages.filter import FilterConfig
 from leaml_plugin.study.runner import FORMAT, Study, Written, code_version, identity, recorded, resolve
 from leaml_plugin.study.statistics import pack_bits, t_interval
@@ -94,7 +94,8 @@ def _name(kept: Sequence[PseudoQA]) -> str:
 
 def names(study: Study, world: str, labels: float, seed: int) -> dict[str, Any]:
     """What names the measurement of one budget and seed."""
-    settings = {"filters": {k: dict(v) for k, v in FILTERS.items()}, "defaults": recorded("filter", DEFAULTS)}
+    settings: dict[str, Any] = {"caption_confidence": verify.VerifyConfig.caption_confidence}
+    settings |= {"filters": {k: dict(v) for k, v in FILTERS.items()}, "defaults": recorded("filter", DEFAULTS)}
     config = {**resolve(study.protocol, "leaml", seed, None, None), **settings}
     return identity(study.checkpoint, world, "filters", labels, seed, config)
 

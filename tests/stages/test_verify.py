@@ -57,6 +57,23 @@ def test_the_caption_stands_in_for_the_picture(asked):
     assert "Is it red?" in told.prompt.split("A red tube.")[1]
 
 
+def test_a_guess_from_the_caption_is_not_written_down(monkeypatch):
+    asked = []
+
+    def answer(loaded, turns, *, return_logprobs, **options):
+        asked.append(return_logprobs)
+        yield from (Generated(turn.id, 0, "x", logprob=-0.6 if "p1" in turn.id else -0.8) for turn in turns)
+
+    monkeypatch.setattr(inference, "generate", answer)
+    told = {"p1": "A red tube.", "p2": "A blue tube."}
+    out = check(told, caption=True)  # half is exp(-0.69)
+    assert [set(pair.checks) for pair in out] == [{"blind", "caption"}, {"blind", "caption"}, set(), {"blind"}]
+    assert asked == [False, True]
+    assert [len(pair.checks) for pair in check(told, caption=True, caption_confidence=0.0)] == [2, 2, 0, 2]
+    with pytest.raises(LeamlError, match="caption_confidence is 1"):
+        VerifyConfig(caption_confidence=1.0)
+
+
 def test_run_gives_each_shard_its_captions(asked, tmp_path):
     shards = []
     for number, pairs in enumerate(([PAIRS[0]], [PAIRS[3]])):
