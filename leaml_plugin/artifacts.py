@@ -204,8 +204,7 @@ class StageDirectory:
                     "sha256": file_sha256(path),
                 }
         write_json(self.path / DONE, {"key": self.key, "files": files})
-        for leftover in (self.path / CLAIMS, *self.path.glob(".part-*.tmp")):
-            leftover.unlink(missing_ok=True)
+        _remove_claims(self.path)
 
     # Append-only shards of records: each is written whole, so the number of files is the progress made.
     def shard(self, index: int) -> Path:
@@ -257,6 +256,12 @@ class StageDirectory:
                     time.sleep(POLL)
         finally:
             os.close(fd)
+
+
+def _remove_claims(stage: Path) -> None:
+    """Delete what was needed while the ranks shared the shards of a stage that is complete."""
+    for leftover in (stage / CLAIMS, *stage.glob(".part-*.tmp")):
+        leftover.unlink(missing_ok=True)
 
 
 def _claim(fd: int, index: int, rank: Rank) -> bool:
@@ -498,6 +503,9 @@ def _remove_leftovers(path: Path) -> None:
     for leftover in [*path.glob(".*.tmp"), *path.glob("stages/**/.*.tmp")]:
         if re.fullmatch(r"\.(?!part-).+\.\d+\.tmp", leftover.name) and leftover.is_file():
             leftover.unlink()
+    for claims in path.glob(f"stages/**/{CLAIMS}"):
+        if (claims.parent / DONE).exists():  # killed between the two
+            _remove_claims(claims.parent)
 
 
 def _has_begun(path: Path) -> bool:

@@ -191,6 +191,19 @@ def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     assert claimed == [(0, True), (1, False), (2, False)]
 
 
+def test_a_kill_right_after_a_stage_was_finished_leaves_nothing_behind(tmp_path, monkeypatch):
+    run = RunDirectory.open(tmp_path / "run", {}, {})
+    stage = run.stage("generate")
+    for index in stage.open_shards(2):
+        write_shard(stage, index)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "_remove_claims", lambda path: None)  # killed before it got there
+        stage.finish_shards()
+    assert (stage.path / artifacts.CLAIMS).exists()
+    stage = RunDirectory.open(tmp_path / "run", {}, {}).stage("generate")
+    assert stage.done and not (stage.path / artifacts.CLAIMS).exists()
+
+
 def write_shard(stage, index):
     artifacts.write_records(stage.shard(index), [PseudoQA(str(index), (), 0, "x")])
 
