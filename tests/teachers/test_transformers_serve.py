@@ -43,16 +43,9 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """The embedded checkpoint, with the template by which `transformers serve` tells an answer from its prompt."""
+    """The embedded checkpoint, at a path of its own."""
     path = tmp_path_factory.mktemp("teacher") / "checkpoint"
     shutil.copytree(checkpoint_path(), path)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    config["response_template"] = {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|assistant|>",
-        "fields": {"content": {"close_pattern": r"<\|end\|>", "content": "text"}},
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
 
