@@ -182,7 +182,8 @@ setup(
     package_data={"leaml_plugin": ["**/*"], "leaml_plugin.tasks": ["**/*"]},
     ext_modules=EXT_MODULES,
     cmdclass={**CMDCLASS, "install_data": StartUpHook},
-    data_files=[("", ["leaml_plugin_lmms_eval.pth"])],
+    py_modules=["leaml_plugin_startup"],
+    data_files=[("", ["leaml_plugin_startup.pth"])],
     entry_points={
         "console_scripts": ["leaml = leaml_plugin.cli:main"],
         "lmms_eval.models": ["leaml = leaml_plugin.lmms.entry:register"],

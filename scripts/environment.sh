@@ -12,7 +12,7 @@ VENV=${VENV:-.venv}
 }
 hash_of() { cat "$@" | sha256sum | cut -d' ' -f1; }
 packages=$(hash_of constraints.txt pyproject.toml)
-extension=$(find csrc -type f | LC_ALL=C sort | xargs cat setup.py leaml_plugin/__init__.py | sha256sum | cut -d' ' -f1)
+extension=$(find csrc -type f | LC_ALL=C sort | xargs cat setup.py leaml_plugin/__init__.py leaml_plugin_startup.pth | sha256sum | cut -d' ' -f1)
 
 if [ ! -x "$VENV/bin/python" ]; then
     "$PYTHON" -m venv "$VENV" || {

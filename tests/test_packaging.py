@@ -53,10 +53,10 @@ def test_the_wheel_holds_tasks_prompts_and_worlds(built):
 def test_the_start_up_hook_lies_beside_the_package(built, number):
     """At the top of the wheel is site-packages; recorded, so that uninstalling takes it away."""
     wheel = zipfile.ZipFile(built[number])
-    assert wheel.read("leaml_plugin_lmms_eval.pth") == (ROOT / "leaml_plugin_lmms_eval.pth").read_bytes()
+    assert wheel.read("leaml_plugin_startup.pth") == (ROOT / "leaml_plugin_startup.pth").read_bytes()
     (record,) = (n for n in wheel.namelist() if n.endswith("RECORD"))
     lines = wheel.read(record).decode().splitlines()
-    assert any(line.startswith("leaml_plugin_lmms_eval.pth,sha256=") for line in lines)
+    assert any(line.startswith("leaml_plugin_startup.pth,sha256=") for line in lines)
 
 
 def test_the_sdist_holds_all_sources(built):
@@ -66,7 +66,7 @@ def test_the_sdist_holds_all_sources(built):
     ).stdout.split()
     assert set(tracked) - names == set()
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
-    assert "leaml_plugin_lmms_eval.pth" in names
+    assert "leaml_plugin_startup.pth" in names
 
 
 def test_the_wheel_works_outside_the_checkout(built, tmp_path):

@@ -2,8 +2,9 @@
 
 PEFT has no entry point for methods from outside. Its ``PeftType`` is an enumeration that ``register_peft_method``
 checks and of which transformers reads ``.value``, so a real member is added: picklable, deep-copyable, found by name,
-by value and by attribute. A process that has not imported ``leaml_plugin.tuner`` does not know the method and fails
-with ``KeyError: 'LEAML'`` when it loads an adapter; importing it is the remedy.
+by value and by attribute. Where the package is installed, a start-up hook imports ``leaml_plugin.tuner`` after
+``peft`` (``leaml_plugin_startup``). A process without the hook does not know the method before it imports
+``leaml_plugin.tuner`` itself, and fails with ``KeyError: 'LEAML'`` when it loads an adapter.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("lmms_eval")
 pytestmark = pytest.mark.slow
 
-HOOK = Path(__file__).parents[2] / "leaml_plugin_lmms_eval.pth"
+HOOK = Path(__file__).parents[2] / "leaml_plugin_startup.pth"
 
 
 def lmms_eval(cwd: Path, *arguments: str, ranks: int = 1, **environment: str) -> subprocess.CompletedProcess:

@@ -133,8 +133,10 @@ def test_a_plugin_that_fails_takes_no_other_along(payload, capsys):
 
 
 class FakeManager:
+    """Finds a task under each name in the path that it is given."""
+
     def initialize_tasks(self, include_path=None, include_defaults=True):
-        return {"paths": include_path, "defaults": include_defaults}
+        return {name: include_path for name in include_path or ()} | {"defaults": include_defaults}
 
 
 @pytest.fixture
@@ -148,15 +150,23 @@ def wrapped():
     return Manager()
 
 
-def test_our_directory_comes_after_the_users(wrapped):
-    ours = entry.tasks_directory()
-    assert wrapped.initialize_tasks()["paths"] == [ours]
-    assert wrapped.initialize_tasks("mine")["paths"] == ["mine", ours]
-    assert wrapped.initialize_tasks(["mine", ours])["paths"] == ["mine", ours]
+def test_our_tasks_come_after_the_users(wrapped):
+    ours = entry.task_index()
+    assert wrapped.initialize_tasks() == {**ours, "defaults": True}
+    mine = ["leaml_sports", "mine"]
+    assert wrapped.initialize_tasks(mine) == {**ours, "leaml_sports": mine, "mine": mine, "defaults": True}
 
 
 def test_a_manager_without_defaults_stays_without_us(wrapped):
-    assert wrapped.initialize_tasks("mine", include_defaults=False)["paths"] == ["mine"]
+    assert wrapped.initialize_tasks(["mine"], include_defaults=False) == {"mine": ["mine"], "defaults": False}
+
+
+def test_our_index_is_the_one_that_lmms_eval_makes():
+    from lmms_eval.tasks import TaskManager
+
+    made = TaskManager("WARNING", entry.tasks_directory(), include_defaults=False)
+    assert entry.task_index() == made.task_index
+    assert {entry["type"] for entry in made.task_index.values()} == {"task", "group"}
 
 
 def test_every_task_file_is_listed_with_a_description():
