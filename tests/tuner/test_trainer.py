@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -195,6 +197,41 @@ def test_selective_sft_trainer(chat, tmp_path):
     again = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
     torch.testing.assert_close(logits(again, inputs), logits(trainer.model, inputs), rtol=1e-4, atol=1e-5)
     assert not same(load(base), again)
+
+
+@pytest.mark.slow
+def test_an_experiment_tracker_gets_losses_and_learning_rates(base, data, tmp_path, monkeypatch):
+    """Weights & Biases (which lmms-eval brings along) without a network: what its own run file holds afterwards."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    for name, value in {"MODE": "offline", "DIR": tmp_path, "SILENT": "true", "DISABLE_GIT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    args = arguments(tmp_path / "run", report_to="wandb", save_strategy="no")
+    trainer = SelectiveTrainer(load(base), args, train_dataset=data, targets=TARGETS, density=0.1)
+    try:
+        trainer.train()
+    finally:
+        wandb.finish()
+        wandb.teardown()  # its service process ends with the test
+    (file,) = tmp_path.rglob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    rows = []
+    while (raw := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(raw)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    steps = [row for row in rows if "train/loss" in row]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [row["train/global_step"] for row in steps] == [1, 2, 3, 4, 5, 6] and len(logged) == 6
+    for row, entry in zip(steps, logged):
+        assert row["train/loss"] == entry["loss"] and row["train/grad_norm"] == entry["grad_norm"] > 0
+        assert row["train/learning_rate"] == entry["learning_rate"]
+    assert steps[0]["train/learning_rate"] == pytest.approx(1e-2)
+    assert steps[5]["train/learning_rate"] == pytest.approx(1e-2 / 6), "linear decay over six steps"
 
 
 def test_accelerate_loop(base, batch, selection):
