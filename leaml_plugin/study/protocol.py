@@ -146,12 +146,12 @@ GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 #: The tuned rates. A method with pseudo-QA trains its generator at its own rate and its VQA model at that of
 #: ``finetune_source``.
 LEARNING_RATES: Mapping[str, float] = {
-    "full": 1e-3,
-    "full-vision": 1e-3,
-    "lora": 3e-3,
+    "full": 3e-3,
+    "full-vision": 3e-3,
+    "lora": 1e-3,
     "attention": 3e-3,
-    "joint": 1e-3,
-    "joint-lora": 3e-3,
+    "joint": 3e-3,
+    "joint-lora": 1e-3,
     "no-distillation": 3e-3,
     "all-neurons": 3e-3,
     "random-neurons": 3e-3,
