@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
 from leaml_plugin import metrics
@@ -153,6 +156,37 @@ def test_meteor_by_hand():
     mean = (1 * 0.75) / (0.9 * 1 + 0.1 * 0.75)
     wanted = mean * (1 - 0.5 * (1 / 3) ** 3)
     assert text.meteor(["the red polyp"], ["the red polyp bleeds"], synonyms=False) == pytest.approx(wanted)
+
+
+def test_rouge_is_what_other_libraries_count():
+    """n-grams counted by scikit-learn and the longest common subsequence of pycocoevalcap, on texts with repetitions."""
+    lcs = pytest.importorskip("pycocoevalcap.rouge.rouge", reason="pycocoevalcap comes with lmms-eval").my_lcs
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    rng = random.Random(0)
+    words = ["red", "polyp", "left", "of", "the", "2"]
+    texts = [" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(60)]
+    for prediction, reference in zip(texts[::2], texts[1::2]):
+        for kind, n in (("rouge1", 1), ("rouge2", 2)):
+            counter = CountVectorizer(ngram_range=(n, n), token_pattern=r"\S+")
+            found, wanted = counter.fit_transform([prediction, reference]).toarray()
+            f1 = 2 * np.minimum(found, wanted).sum() / (found.sum() + wanted.sum())
+            assert text.rouge([prediction], [reference], kind) == pytest.approx(f1)
+        found, wanted = prediction.split(), reference.split()
+        f1 = 2 * lcs(found, wanted) / (len(found) + len(wanted))
+        assert text.rouge([prediction], [reference], "rougeL") == pytest.approx(f1)
+
+
+def test_meteor_is_that_of_its_authors():
+    """Segment scores of meteor-1.5.jar (Denkowski and Lavie; in pycocoevalcap), OpenJDK 17, 2026-11-23, set to nltk's
+    definition: ``java -jar meteor-1.5.jar predictions references -l en -m "exact stem" -w "1.0 1.0" -p "0.9 3.0 0.5
+    0.5"`` (alpha, beta, gamma as in nltk, every match and every word of weight one)."""
+    predictions = [*PREDICTIONS, "in the lower left there are two red polyps"]
+    references = [*REFERENCES, "two red polyps are seen in the lower left"]
+    theirs = [0.8301839254220206, 0.5597014925373134, 0.9449404761904762, 0.8654513888888887]
+    ours = [text.meteor([p], [r], synonyms=False) for p, r in zip(predictions, references)]
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert text.meteor(predictions, references, synonyms=False) == pytest.approx(sum(theirs) / 4, rel=1e-12)
 
 
 def test_meteor_matches_stems():
