@@ -159,7 +159,7 @@ def test_meteor_by_hand():
 
 
 def test_rouge_is_what_other_libraries_count():
-    """n-grams counted by scikit-learn and the longest common subsequence of pycocoevalcap, on texts with repetitions."""
+    """n-grams counted by scikit-learn, the longest common subsequence of pycocoevalcap; on texts with repetitions."""
     lcs = pytest.importorskip("pycocoevalcap.rouge.rouge", reason="pycocoevalcap comes with lmms-eval").my_lcs
     from sklearn.feature_extraction.text import CountVectorizer
 
