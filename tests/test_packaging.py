@@ -1,9 +1,12 @@
 """What ends up in the wheel and the sdist, and that the wheel works outside the checkout."""
 
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -53,6 +56,8 @@ def test_the_wheel_holds_tasks_prompts_and_worlds(built):
 def test_the_start_up_hook_lies_beside_the_package(built, number):
     """At the top of the wheel is site-packages; recorded, so that uninstalling takes it away."""
     wheel = zipfile.ZipFile(built[number])
+    if number == 0:
+        assert wheel.read("leaml_plugin_startup.py") == (ROOT / "leaml_plugin_startup.py").read_bytes()
     assert wheel.read("leaml_plugin_startup.pth") == (ROOT / "leaml_plugin_startup.pth").read_bytes()
     (record,) = (n for n in wheel.namelist() if n.endswith("RECORD"))
     lines = wheel.read(record).decode().splitlines()
@@ -66,7 +71,7 @@ def test_the_sdist_holds_all_sources(built):
     ).stdout.split()
     assert set(tracked) - names == set()
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
-    assert "leaml_plugin_startup.pth" in names
+    assert {"leaml_plugin_startup.pth", "leaml_plugin_startup.py"} <= names
 
 
 def test_the_wheel_works_outside_the_checkout(built, tmp_path):
@@ -83,3 +88,43 @@ def test_the_wheel_works_outside_the_checkout(built, tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": str(target)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """An environment in which the wheel is installed; everything else is read from this one, but for its own hooks."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False, symlinks=True)
+    interpreter = home / "bin" / "python"
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "zz_rest.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after ours, and with no .pth file of it
+    command = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "-q", "--no-deps", str(built[0])]
+    subprocess.run(command, check=True)
+    return interpreter
+
+
+def test_lmms_eval_runs_from_the_installed_wheel(installed, tiny_models, tmp_path):
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LEAML_STARTUP")}
+    env |= {"OMP_NUM_THREADS": "1", "LEAML_CACHE": str(tmp_path / "cache"), "LEAML_SYNTHETIC_PICTURES": "40"}
+    env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(*words) -> str:
+        done = subprocess.run([installed, *map(str, words)], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    code = "import leaml_plugin, sys; print(leaml_plugin.__file__, type(sys.meta_path[0]).__name__)"
+    place, finder = run("-c", code).split()
+    assert Path(place).is_relative_to(installed.parents[1]) and finder == "PeftFinder"
+    listed = run("-m", "lmms_eval", "--tasks", "list")
+    for name in ("leaml_endoscopy", "leaml_endoscopy_families", "leaml_sports", "leaml_sports_synthetic"):
+        assert f" - {name}\n" in listed
+    words = ["--model", "leaml", "--model_args", f"pretrained={tiny_models('qwen2_5_vl')}", "--limit", "2"]
+    words += ["--tasks", "leaml_endoscopy_synthetic", "--output_path", tmp_path / "out", "--log_samples"]
+    run("-m", "lmms_eval", *words)
+    (file,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(file.read_text())
+    assert 0 <= found["results"]["leaml_endoscopy_synthetic"]["exact_match,none"] <= 1
+    (samples,) = (tmp_path / "out").rglob("*_samples_leaml_endoscopy_synthetic.jsonl")
+    assert len(samples.read_text().splitlines()) == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -125,8 +126,34 @@ def fsdp(base: str, out: str, rank: int = 0, world: int = 1) -> None:
         adapted.save_pretrained(out, state_dict=whole)
 
 
-def zero(base: str, out: str, stage: int, rank: int = 0, world: int = 1, resume: str | None = None) -> None:
-    """The adapter through the Trainer under DeepSpeed ZeRO; without it where ``stage`` is 0. Saved whole."""
+def launched(config: str) -> dict[str, str]:
+    """The environment that ``accelerate launch --config_file config`` gives its processes, but in full precision."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    words = ["--config_file", config, "--mixed_precision", "no", "script.py"]
+    # all that it does up to starting the processes
+    with mock.patch.object(launch, "deepspeed_launcher") as start:
+        launch.launch_command(launch.launch_command_parser().parse_args(words))
+    environment = prepare_deepspeed_cmd_env(*start.call_args.args)[1]
+    return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
+
+
+def zero(
+    base: str,
+    out: str,
+    stage: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    resume: str | None = None,
+    config: str | None = None,
+) -> None:
+    """The adapter through the Trainer under DeepSpeed ZeRO; without it where ``stage`` is 0. Saved whole.
+
+    With ``config``, an accelerate configuration file, ``stage`` and all settings are those of the file.
+    """
+    environment = launched(config) if config else {}
+    os.environ.update(environment)
     settings = {
         "zero_optimization": {"stage": stage},
         "train_micro_batch_size_per_gpu": "auto",
@@ -135,7 +162,7 @@ def zero(base: str, out: str, stage: int, rank: int = 0, world: int = 1, resume:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if stage:
+    if stage or config:
         import deepspeed
 
         # the shared-memory collectives would be compiled first; gloo does
@@ -157,6 +184,12 @@ def zero(base: str, out: str, stage: int, rank: int = 0, world: int = 1, resume:
     job = Trainer(adapted, args, train_dataset=data)
     job.train(resume_from_checkpoint=resume)
     job.save_model(str(Path(out) / "final"))
+    if config:
+        used = job.accelerator.deepspeed_engine_wrapped.engine
+        wanted = int(environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"])
+        assert used.zero_optimization_stage() == wanted and used.gradient_clipping() == args.max_grad_norm
+    for name in environment:
+        del os.environ[name]
     unset_hf_deepspeed_config()  # or the next job's model would be sharded as it is loaded
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from leaml_plugin import Selection
 
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
 
 def two_ranks(*jobs: dict) -> list[int]:
     """Run the jobs on two processes as torchrun would; their exit codes. One import of torch serves both."""
@@ -102,12 +104,16 @@ def test_two_ranks_equal_one_and_resume(base, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_deepspeed_zero_equals_one_rank_and_resumes(base, tmp_path, monkeypatch):
-    """Stages 1, 2 and 3 on two gloo ranks: sharded states, gradients and weights, the adapter saved whole."""
+    """Stages 1, 2 and 3 on two gloo ranks: sharded states, gradients and weights, the adapter saved whole.
+
+    Stages 2 and 3 as ``accelerate launch`` reads them from the examples' files.
+    """
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     job = {"kind": "zero", "base": base}
-    runs = {f"zero{stage}": {"stage": stage} for stage in (1, 2, 3)}
-    runs["resumed"] = {"stage": 3, "resume": str(tmp_path / "zero3" / "checkpoint-3")}
+    configs = {stage: str(CONFIGS / f"deepspeed_zero{stage}.yaml") for stage in (2, 3)}
+    runs = {"zero1": {"stage": 1}, "zero2": {"config": configs[2]}, "zero3": {"config": configs[3]}}
+    runs["resumed"] = {"config": configs[3], "resume": str(tmp_path / "zero3" / "checkpoint-3")}
     assert two_ranks(*({**job, **options, "out": str(tmp_path / name)} for name, options in runs.items())) == [0, 0]
     ddp_job.zero(base, str(tmp_path / "one"), 0)
     want = load_file(tmp_path / "one" / "final" / "adapter_model.safetensors")
