@@ -8,17 +8,19 @@ its frames).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlencode
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.progress import Progress
@@ -36,6 +38,8 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ArithmeticError, LookupError, TypeError,
     AttributeError,
 )  # fmt: skip
+
+_STRICT = threading.Lock()  # held while Pillow's switch for truncated pictures is off
 
 MAX_PIXELS = 150_000_000
 """A picture with more pixels than this is refused before it is decoded (RGB: 450 MB)."""
@@ -152,8 +156,23 @@ def sort_out(
 
 def _decode(file: Any, name: str) -> Image.Image:
     picture = _opened(file, name)
-    picture.load()
+    with _whole_files():
+        picture.load()
     return _rgb(ImageOps.exif_transpose(picture))
+
+
+@contextlib.contextmanager
+def _whole_files() -> Iterator[None]:
+    """Let truncated pictures be errors. lmms-eval tells Pillow, for the whole process, to fill them up with grey."""
+    if not ImageFile.LOAD_TRUNCATED_IMAGES and not _STRICT.locked():
+        yield
+        return
+    with _STRICT:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _opened(file: Any, name: str) -> Image.Image:

@@ -145,3 +145,17 @@ def test_unlabelled_pictures_are_sorted_out_and_few_of_many_are_decoded(tmp_path
     opened.clear()
     assert sum(bool(why) for _, why in sort_out(iter(pool), progress=False)) == 1  # of unknown length: all are decoded
     assert len(opened) == 100
+
+
+def test_a_truncated_picture_is_refused_whatever_another_library_told_pillow(tmp_path, monkeypatch):
+    from PIL import ImageFile
+
+    noise = Image.effect_noise((64, 64), 80)
+    noise.save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval does when it is imported
+    with pytest.raises(LeamlError, match="truncated or damaged"):
+        open_image(ImageRef(str(tmp_path / "half.jpg")))
+    assert open_image(ImageRef(str(tmp_path / "whole.jpg"))).size == (64, 64)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES  # theirs again

@@ -261,8 +261,9 @@ def test_bad_input_is_told_in_a_sentence(checkpoint, options, message):
 
 def test_a_setting_added_later_leaves_older_results_comparable():
     """The hashes that result files of the first protocol have, which knew neither caption check nor target mix."""
-    for method, setting in {"leaml": "73855571b0", "lora": "d1210abf0e", "joint": "b2c83c74b5"}.items():
-        config = resolve(Protocol(), method, 0, None, None)
+    first = {"leaml": (3e-3, "73855571b0"), "lora": (3e-3, "d1210abf0e"), "joint": (1e-3, "b2c83c74b5")}
+    for method, (rate, setting) in first.items():
+        config = resolve(Protocol(), method, 0, rate, 3e-3)
         assert identity("", "", method, 0.01, 0, config)["setting"] == setting
     changed = resolve(dataclasses.replace(Protocol(), mix="labels", caption=True), "leaml", 0, None, None)["stages"]
     assert changed["generate"]["mix"] == "labels" and changed["filter"]["caption"] and changed["verify"]["caption"]
