@@ -7,13 +7,14 @@ Does not cover: what the keys mean; each stage owns its dataclass.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,4 +146,23 @@ def read_file(path: str) -> dict[str, Any]:
         raise LeamlError(f"{path} does not parse: {error}.") from error
     if not isinstance(data, dict):
         raise LeamlError(f"{path} holds a {type(data).__name__}; a configuration is a table of settings.")
+    return data
+
+
+def from_arguments(args: argparse.Namespace, options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Nested settings of a command line: the file ``--config`` first, then ``options``, then ``--set``.
+
+    Args:
+        options: attribute of ``args`` -> dotted names of the settings that it stands for.
+    """
+    data = read_file(args.config) if args.config else {}
+    for option, names in options.items():
+        value = getattr(args, option)
+        if value is not None:
+            for name in names:
+                put(data, name, value)
+    if args.trust_remote_code:
+        data["trust_remote_code"] = True
+    for setting in args.set:
+        assign(data, setting)
     return data

@@ -88,17 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Nested settings: file first, then options, then ``--set``."""
-    data = config.read_file(args.config) if args.config else {}
-    for option, names in _OPTIONS.items():
-        value = getattr(args, option)
-        if value is not None:
-            for name in names:
-                config.put(data, name, value)
-    if args.trust_remote_code:
-        data["trust_remote_code"] = True
-    for setting in args.set:
-        config.assign(data, setting)
-    return data
+    return config.from_arguments(args, _OPTIONS)
 
 
 def main(args: argparse.Namespace) -> int:
