@@ -104,6 +104,11 @@ class Method:
         every_label: the whole pool is labelled, whatever the budget.
         distil: the generator learns from captions.
         choice: which neurons the captions may move: "relevance", "random" or "all".
+        learner: what the VQA model of a "pseudo" method trains; empty: the protocol's ``mode``.
+        rounds: of self-training of a "pseudo" method; 0: the protocol's.
+        truth: diagnosis of a "pseudo" method, with the truth at hand: "filter" keeps the right pairs alone, "answers"
+            puts the right answer in place of the generator's, "questions" the truth about the same pictures in place
+            of all pairs. Never a result.
     """
 
     title: str
@@ -115,6 +120,9 @@ class Method:
     every_label: bool = False
     distil: bool = True
     choice: str = "relevance"
+    learner: str = ""
+    rounds: int = 0
+    truth: str = ""
 
 
 ATTENTION = r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj$"
@@ -133,12 +141,18 @@ METHODS: Mapping[str, Method] = {
     "all-neurons": Method("Pseudo-QA, all neurons distilled", "pseudo", choice="all"),
     "random-neurons": Method("Pseudo-QA, random neurons distilled", "pseudo", choice="random"),
     "leaml": Method("LEAML", "pseudo"),
+    "leaml-full": Method("LEAML, VQA model fully fine-tuned", "pseudo", learner="full"),
+    "leaml-rounds": Method("LEAML, two rounds", "pseudo", rounds=2),
+    "right-pairs": Method("LEAML, right pairs alone (diagnosis)", "pseudo", truth="filter"),
+    "right-answers": Method("LEAML, right answers (diagnosis)", "pseudo", truth="answers"),
+    "right-questions": Method("LEAML, all questions and answers right (diagnosis)", "pseudo", truth="questions"),
     "all-labels": Method("All labels (upper bound)", "labels", every_label=True),
 }
 #: In the order in which a study runs them: what answers the main question first.
 ORDER = (
     "blind", "zero-shot", "full", "lora", "joint", "leaml", "no-distillation", "all-labels", "attention",
-    "all-neurons", "random-neurons", "joint-lora", "full-longer", "full-vision",
+    "all-neurons", "random-neurons", "joint-lora", "full-longer", "full-vision", "leaml-full", "leaml-rounds",
+    "right-pairs", "right-answers", "right-questions",
 )  # fmt: skip
 
 #: Learning rates that every trained method was tuned over, on the garden world.
@@ -156,6 +170,11 @@ LEARNING_RATES: Mapping[str, float] = {
     "all-neurons": 3e-3,
     "random-neurons": 3e-3,
     "leaml": 3e-3,
+    "leaml-full": 3e-3,
+    "leaml-rounds": 3e-3,
+    "right-pairs": 3e-3,
+    "right-answers": 3e-3,
+    "right-questions": 3e-3,
     "all-labels": 1e-3,
 }
 DEFAULT_RATE = 1e-3
@@ -166,9 +185,9 @@ def learning_rate(method: str) -> float:
     return LEARNING_RATES.get("full" if METHODS[method].longer else method, DEFAULT_RATE)
 
 
-def finetune_source(protocol: Protocol) -> str:
-    """The method whose tuned rate the VQA models trained with pseudo-QA take: what trains the same on labels alone."""
-    return "lora" if protocol.mode == "lora" else "full"
+def finetune_source(protocol: Protocol, method: str = "leaml") -> str:
+    """The method whose tuned rate a VQA model trained with pseudo-QA takes: what trains the same on labels alone."""
+    return "lora" if (METHODS[method].learner or protocol.mode) == "lora" else "full"
 
 
 def budget_of(method: str, labels: float) -> float:

@@ -138,7 +138,7 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
         )
         out["finetune"] = finetune.FinetuneConfig(
             train=loop(protocol.steps, finetune_rate),
-            mode=protocol.mode,
+            mode=spec.learner or protocol.mode,
             pseudo_share=protocol.pseudo_share,
             lora_rank=protocol.lora_rank,
             lora_alpha=2 * protocol.lora_rank,
@@ -149,13 +149,13 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
 def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, finetune_rate: float | None) -> dict:
     """All that decides a run's result beside world, budget, seed and checkpoint, as plain data."""
     rate = learning_rate(method) if rate is None else rate
-    finetune_rate = learning_rate(finetune_source(protocol)) if finetune_rate is None else finetune_rate
+    finetune_rate = learning_rate(finetune_source(protocol, method)) if finetune_rate is None else finetune_rate
     configs = stage_configs(protocol, method, seed, rate, finetune_rate)
     names = ["pool", "test_pictures", "test_questions", "general_pictures"]
     if METHODS[method].kind == "pseudo":
         names += ["pseudo_pictures", *(["rounds"] if protocol.rounds > 1 else [])]
     return {
-        "method": dataclasses.asdict(METHODS[method]),
+        "method": recorded("method", METHODS[method]),
         "data": {name: getattr(protocol, name) for name in names},
         "stages": {name: recorded(name, config) for name, config in configs.items()},
     }
@@ -164,6 +164,7 @@ def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, fine
 #: The settings that results have recorded from the beginning. One that was added later is recorded, and tells settings
 #: apart, only where it is not at its default: results from before it existed stay comparable.
 _ALWAYS = {
+    "method": {"choice", "distil", "every_label", "kind", "longer", "mode", "targets", "title", "vision"},
     "generate": {"batch_size", "max_new_tokens", "samples", "seed", "shard_size", "temperature", "top_p"},
     "generator": {"caption_batch", "caption_weight", "qa_task", "qa_updates", "qa_weight", "train"},
     "verify": {"batch_size", "blind", "max_new_tokens", "round_trip"},
@@ -181,8 +182,12 @@ def recorded(stage: str, config: Any) -> dict[str, Any]:
     known = _ALWAYS.get(stage)
     if known is None:
         return data
-    default = dataclasses.asdict(type(config)())
+    default = dataclasses.asdict(type(config)(*(data[f.name] for f in dataclasses.fields(config) if _required(f))))
     return {name: value for name, value in data.items() if name in known or value != default[name]}
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 class Study:
@@ -289,7 +294,8 @@ class Study:
         if spec.kind == "zero-shot":
             return self.base, None
         rate = learning_rate(method) if rate is None else rate
-        finetune_rate = learning_rate(finetune_source(self.protocol)) if finetune_rate is None else finetune_rate
+        if finetune_rate is None:
+            finetune_rate = learning_rate(finetune_source(self.protocol, method))
         configs = stage_configs(self.protocol, method, seed, rate, finetune_rate)
         with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
             stages = Stages(Path(folder))
@@ -307,15 +313,18 @@ class Study:
                 selection = self._select(configs["relevance"], world, budget, stages)
                 # what the VQA model trains is the same for all ablations of the distillation
                 own = selection
-                if spec.choice != "relevance" and self.protocol.mode == "selected":
+                if spec.choice != "relevance" and configs["finetune"].mode == "selected":
                     chosen = dataclasses.replace(configs["relevance"], choice="relevance")
                     own = self._select(chosen, world, budget, stages)
-                for number in range(self.protocol.rounds):
+                for number in range(spec.rounds or self.protocol.rounds):
                     within = Stages(Path(folder) / f"round-{number + 1}")
                     start, tuned = self._copy(tuned if number else None), self._copy(vision=spec.vision)
                     shards = self._write_pairs(configs, selection, budget, within, start)
                     path, counts = filter.run(configs["filter"], within["filter"], shards=shards, labels=budget.qas)
                     pairs = list(read_records(path, PseudoQA))
+                    taught = [pair.as_qa() for pair in pairs]
+                    if spec.truth:
+                        taught = world.told(spec.truth, pairs, budget.unlabelled[: self.protocol.pseudo_pictures])
                     before = [*pseudo.get("before", []), pseudo["accuracy"]] if pseudo else []
                     pseudo = {
                         "counts": counts,
@@ -326,7 +335,7 @@ class Study:
                         configs["finetune"],
                         within["finetune"],
                         load=functools.partial(lambda loaded: loaded, tuned),
-                        pseudo=[pair.as_qa() for pair in pairs],
+                        pseudo=taught,
                         selection=own,
                         **common,
                     )

@@ -172,6 +172,29 @@ class World:
         found = self._truth.get((pair.picture_id, normalise_question(question)))
         return None if found is None else _right(pair.answer, options, found[1])
 
+    def told(self, what: str, pairs: Sequence[PseudoQA], pictures: Sequence[Picture]) -> list[QA]:
+        """What a method with the truth at hand learns from in place of ``pairs`` about ``pictures``.
+
+        Args:
+            what: "filter": the right pairs; "answers": every pair that has a right answer, with that answer;
+                "questions": all the world's questions about the pictures.
+        """
+        if what == "filter":
+            return [pair.as_qa() for pair in pairs if self.right(pair)]
+        if what == "questions":
+            return [qa for picture in pictures for qa in self._qas[picture.id]]
+        out = []
+        for pair in pairs:
+            question, options = split_options(pair.question)
+            found = self._truth.get((pair.picture_id, normalise_question(question)))
+            if found is None:
+                continue
+            offered = list(options.values())
+            answer = found[1] if not options or found[1] in offered else NONE_OF_THE_ABOVE
+            if not options or answer in offered:
+                out.append(replace(pair, answer=answer).as_qa())
+        return out
+
     def pseudo_accuracy(self, pairs: Sequence[PseudoQA]) -> dict:
         """How many pseudo-answers are right, among the pairs whose question the world asks of that picture too."""
         hits: dict[str, list[bool]] = defaultdict(list)

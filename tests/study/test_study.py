@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from leaml_plugin.study.protocol import (
     Protocol,
     budget_of,
     check_methods,
+    learning_rate,
     trained,
     tuned,
 )
@@ -59,6 +61,38 @@ def test_ablations_differ_where_they_should(study):
         assert other["relevance"]["choice"] == choice
         other["relevance"]["choice"] = ours["relevance"]["choice"]
         assert other == ours
+
+
+def test_methods_that_differ_from_leaml_in_one_thing(study):
+    def stages(method):
+        return resolve(study.protocol, method, 0, 1e-3, None)["stages"]
+
+    ours, full = stages("leaml"), stages("leaml-full")
+    assert (ours["finetune"]["mode"], full["finetune"]["mode"]) == ("lora", "full")
+    assert full["finetune"]["train"]["lr"] == learning_rate("full") != ours["finetune"]["train"]["lr"]
+    assert {k: v for k, v in full.items() if k != "finetune"} == {k: v for k, v in ours.items() if k != "finetune"}
+    for method in ("leaml-rounds", "right-pairs", "right-answers", "right-questions"):
+        assert stages(method) == ours
+        assert resolve(study.protocol, method, 0, None, None)["method"] != METHODS["leaml"]
+
+
+def test_two_rounds_train_two_generators(study):
+    result = study.run("endoscopy", "leaml-rounds", 0.25, 0)
+    assert len(result["pseudo"]["before"]) == 1 and result["config"]["method"]["rounds"] == 2
+
+
+def test_results_that_are_there_keep_their_names():
+    """A field of a method, a protocol or a stage that is added later must not part old results from new ones."""
+    root = Path(__file__).resolve().parents[2] / "results" / "study" / "32cc3040"
+    found = 0
+    for path in sorted(root.glob("*/leaml-0.01-0-*.json")):
+        result = json.loads(path.read_text())
+        config = resolve(Protocol(), result["method"], result["seed"], None, None)
+        if result["config"]["stages"] == json.loads(json.dumps(config["stages"])):
+            name = identity(result["checkpoint"], result["world"], "leaml", 0.01, 0, config)
+            assert path.name == result_path(root, name).name
+            found += 1
+    assert found, f"{root}: has no result of LEAML under the protocol as it stands; run leaml study"
 
 
 def test_a_method_moves_what_it_says(study):

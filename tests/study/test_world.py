@@ -75,6 +75,34 @@ def test_pseudo_choices_are_held_against_the_true_text(study):
     assert hit(f"A. {truth} B. None of the above", "Z") == 0.0
 
 
+def test_diagnosis_puts_the_truth_in_place(study):
+    world = study.world("endoscopy")
+    qa = world.labels(1.0, 0).qas[0]
+    name = qa.id.split("#")[0]
+    right, wrong = (PseudoQA(name, qa.images, n, "", qa.question, text) for n, text in enumerate((qa.answer, "a cat")))
+    unknown = PseudoQA(name, qa.images, 2, "", "Is it raining?", "no")
+    pairs = [right, wrong, unknown]
+    assert [(q.question, q.answer) for q in world.told("filter", pairs, [])] == [(qa.question, qa.answer)]
+    assert [q.answer for q in world.told("answers", pairs, [])] == [qa.answer] * 2
+    picture = next(p for p in world.labels(0.25, 0).unlabelled if p.id != name)
+    told = world.told("questions", pairs, [picture])
+    assert told and all(q.images == picture.images for q in told)
+
+
+def test_diagnosis_answers_with_an_option_that_is_offered(study):
+    world = study.world("sports")
+    qa = next(q for q in world.labels(1.0, 0).qas if q.answer != "None of the above")
+    name, bare = qa.id.split("#")[0], qa.meta["question"]
+
+    def answers(options):
+        pair = PseudoQA(name, qa.images, 0, "", f"{bare} {options}", "Z")
+        return [q.answer for q in world.told("answers", [pair], [])]
+
+    assert answers(f"A. Z B. {qa.answer}") == [qa.answer]
+    assert answers("A. Z B. None of the above") == ["None of the above"]
+    assert answers("A. Z B. Y") == []
+
+
 def test_options_are_read_back_from_the_line():
     assert split_options("What? A. one B. two C. three") == ("What?", {"A": "one", "B": "two", "C": "three"})
     assert split_options("What is it?") == ("What is it?", {})
