@@ -20,6 +20,7 @@ LAYERS = {
     "leaml_plugin.progress": 0,
     "leaml_plugin.config": 0,
     "leaml_plugin.sequences": 0,
+    "leaml_plugin.tables": 0,
     "leaml_plugin.ranks": 0,
     "leaml_plugin.ops": 1,
     "leaml_plugin.data": 1,

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from leaml_plugin import records
+from leaml_plugin import records, tables
 from leaml_plugin.artifacts import write_records
 from leaml_plugin.data import formats, load_unlabeled
 from leaml_plugin.errors import LeamlError
@@ -39,6 +39,16 @@ def test_a_record_file_is_a_sequence(tmp_path):
         del sequence  # the view keeps the file
         assert few.without([1, 0, 0, 0, 0])[0] == pictures[2]
     assert list(spooled([])) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 40])
+def test_lines_are_found_from_the_place_of_every_sixteenth(tmp_path, count):
+    pictures = some(count)
+    write_records(tmp_path / "a.jsonl", pictures)
+    for sequence in (RecordFile(tmp_path / "a.jsonl", Picture), spooled(pictures)):
+        assert [sequence[n] for n in range(count)] == list(sequence) == pictures
+        odd = [n % 2 for n in range(count)]
+        assert list(sequence.without(odd)) == pictures[::2]
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -105,7 +115,8 @@ def test_a_directory_is_sorted_as_a_list_of_its_paths(tmp_path, monkeypatch, lim
 
 def test_equal_hashes_are_not_equal_ids(tmp_path, monkeypatch):
     """Ids and paths are told apart by their text; the hash only finds candidates."""
-    monkeypatch.setattr(formats, "text_key", lambda text: 7)
+    for module in (formats, tables):
+        monkeypatch.setattr(module, "text_key", lambda text: 7)
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(b"")
     rows = [{"id": i, "image": f"{i}.png"} for i in "abc"]

@@ -23,7 +23,6 @@ import math
 import os
 import re
 import tempfile
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -337,7 +336,7 @@ def _dataset_records(name: str, split: str | None, roots: tuple[Path, ...], shar
     text = dataset.select_columns([c for c in dataset.column_names if c not in columns])
     paths = _Paths((*roots, Path(name)) if local else roots)
     # a published dataset cannot be corrected: an id column that names no row is not used as one
-    id_names = tuple(c for c in _ID if c in text.column_names and not any(_repeats(array("q", map(_key, text[c])))))
+    id_names = tuple(c for c in _ID if c in text.column_names and not any(_repeats(map(_key, text[c]))))
     by_picture: dict[Any, tuple[ImageRef, ...]] = {}
     rows = text if text.column_names else ({} for _ in range(len(dataset)))
     for number, row in enumerate(rows):
@@ -578,37 +577,28 @@ def _key(value: Any) -> int:
     return text_key(value if isinstance(value, str) else repr(value))
 
 
-def _repeats(keys: array) -> bytearray:
+def _repeats(keys: Iterable[int]) -> bytearray:
     """1 where an earlier item has the same key."""
     import numpy as np
 
-    values = np.asarray(keys, np.int64)
-    order = np.argsort(values, kind="stable")
-    repeats = np.zeros(len(values), np.uint8)
-    repeats[order[1:]] = values[order[1:]] == values[order[:-1]]
-    return bytearray(repeats.tobytes())
+    from leaml_plugin.tables import in_order, keyed
+
+    repeats, last = bytearray(), None
+    for rows in in_order(_counted(keyed(keys), repeats), ("key", "item")):
+        again = np.empty(len(rows), bool)
+        again[1:] = rows["key"][1:] == rows["key"][:-1]
+        again[0] = rows["key"][0] == last
+        last = rows["key"][-1]
+        for item in rows["item"][again].tolist():
+            repeats[item] = 1
+    return repeats
 
 
-class _Index:
-    """Which of many items has a text: hashes are kept, twelve bytes an item, and the texts are looked up."""
-
-    def __init__(self, count: int, text_of: Callable[[int], str]):
-        import numpy as np
-
-        keys = np.fromiter((text_key(text_of(n)) for n in range(count)), np.int64, count)
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._text_of = keys[order], text_of
-        self._order = order.astype(np.int32) if count < 2**31 else order
-
-    def find(self, text: str) -> int | None:
-        """The first item with this text."""
-        key = text_key(text)
-        at = int(self._keys.searchsorted(key))
-        while at < len(self._keys) and self._keys[at] == key:
-            if self._text_of(int(self._order[at])) == text:
-                return int(self._order[at])
-            at += 1
-        return None
+def _counted(blocks: Iterable[Any], flags: bytearray) -> Iterator[Any]:
+    """``blocks``, with a zero added to ``flags`` for each of their rows."""
+    for block in blocks:
+        flags.extend(bytes(len(block)))
+        yield block
 
 
 def _directory(root: Path) -> Sequence[Picture]:
@@ -679,19 +669,24 @@ def _names_in(file: Any) -> Iterator[bytes]:
 
 def _listed(name: str, records: Callable[[], Iterator[_Record]]) -> Sequence[Picture]:
     """The pictures of a file or dataset, each once."""
-    spool, keys, shared = Spool(Picture), array("q"), bytearray()
-    for record in track(records(), f"reading {name}", unit="record"):
-        picture, may_repeat = _unlabeled(record)
-        spool.append(picture)
-        keys.append(text_key(picture.id))
-        shared.append(may_repeat)
-    if not keys:
+    from leaml_plugin.tables import Index
+
+    spool, shared = Spool(Picture), bytearray()
+
+    def keys() -> Iterator[int]:
+        for record in track(records(), f"reading {name}", unit="record"):
+            picture, may_repeat = _unlabeled(record)
+            spool.append(picture)
+            shared.append(may_repeat)
+            yield text_key(picture.id)
+
+    repeats = _repeats(keys())
+    if not repeats:
         raise LeamlError(f"{name}: has no pictures; add at least one record with an image.")
     pictures = spool.finish()
-    repeats = _repeats(keys)
     if not any(repeats):
         return pictures
-    first = _Index(len(pictures), lambda n: pictures[n].id)
+    first = Index((picture.id for picture in pictures), lambda n: pictures[n].id)
     for n in (n for n, again in enumerate(repeats) if again):
         picture = pictures[n]
         if first.find(picture.id) == n:
@@ -725,49 +720,60 @@ class _Caption:
 
 def _with_captions(pictures: Sequence[Picture], path: Path, root: Path) -> Sequence[Picture]:
     """``pictures`` with the captions of a file."""
+    from leaml_plugin.tables import Index, in_order, keyed
+
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "no such file"
         raise LeamlError(f"{path}: {what}; give the file with the captions.")
     base, root = Path(os.path.abspath(path)).parent, Path(os.path.abspath(root))
-    by_place = _Index(len(pictures), lambda n: pictures[n].images[0].uri)
-    by_id: _Index | None = None  # captions mostly go by path
-    spool, of_caption = Spool(_Caption), array("q")  # captions as they come, and the picture of each
-    caption_of = array("q", [-1]) * len(pictures)
-    for record in track(_caption_records(path, base), f"reading {path}", unit="caption"):
-        field, key = _field(record, ("image", "id", *_PICTURE_ID, *_IMAGE[1:]), "the picture's path or id")
-        if isinstance(key, list) and len(key) == 1:
-            key = key[0]
-        name = _text(record, field, key, "the picture's path or id")
-        c_field, value = _field(record, _CAPTION, "the caption")
-        if value is None and record.row.get("reason"):
-            continue  # a teacher's refusal, as `leaml caption` keeps it
-        caption = _text(record, c_field, value, "the caption")
-        places = [os.path.abspath(p / name) for p in (root, base)]
-        n = next((n for n in map(by_place.find, places) if n is not None), None)
-        if n is None:
-            by_id = by_id or _Index(len(pictures), lambda n: pictures[n].id)
-            n = by_id.find(name)
-        if n is None:
-            # captions may cover more than the pictures chosen now, but not pictures that exist nowhere
-            if any(os.path.isfile(p) for p in places):
-                continue
-            raise record.error(f"field {field!r}: {_short(name)} is none of the {len(pictures)} pictures; correct it.")
-        if caption_of[n] < 0:
-            caption_of[n] = len(spool)
-        of_caption.append(n)
-        spool.append(_Caption(name, caption, record.source))
-    if not of_caption:
+    by_place = Index((p.images[0].uri for p in pictures), lambda n: pictures[n].images[0].uri)
+    by_id: Index | None = None  # captions mostly go by path
+    spool = Spool(_Caption)  # captions as they come
+
+    def matched() -> Iterator[int]:
+        """The picture of each caption."""
+        nonlocal by_id
+        for record in track(_caption_records(path, base), f"reading {path}", unit="caption"):
+            field, key = _field(record, ("image", "id", *_PICTURE_ID, *_IMAGE[1:]), "the picture's path or id")
+            if isinstance(key, list) and len(key) == 1:
+                key = key[0]
+            name = _text(record, field, key, "the picture's path or id")
+            c_field, value = _field(record, _CAPTION, "the caption")
+            if value is None and record.row.get("reason"):
+                continue  # a teacher's refusal, as `leaml caption` keeps it
+            caption = _text(record, c_field, value, "the caption")
+            places = [os.path.abspath(p / name) for p in (root, base)]
+            n = next((n for n in map(by_place.find, places) if n is not None), None)
+            if n is None:
+                by_id = by_id or Index((p.id for p in pictures), lambda n: pictures[n].id)
+                n = by_id.find(name)
+            if n is None:
+                # captions may cover more than the pictures chosen now, but not pictures that exist nowhere
+                if any(os.path.isfile(p) for p in places):
+                    continue
+                raise record.error(
+                    f"field {field!r}: {_short(name)} is none of the {len(pictures)} pictures; correct it."
+                )
+            spool.append(_Caption(name, caption, record.source))
+            yield n
+
+    blocks = in_order(keyed(matched()), ("key", "item"))
+    pairs = (pair for block in blocks for pair in zip(block["key"].tolist(), block["item"].tolist()))
+    following = next(pairs, None)  # the first row: now all captions are read
+    if following is None:
         raise LeamlError(f"{path}: has no caption for any of the {len(pictures)} pictures; check its paths.")
-    captions = spool.finish()
-    for number, n in enumerate(of_caption):
-        if caption_of[n] != number and captions[caption_of[n]].text != captions[number].text:
-            first, second = captions[caption_of[n]], captions[number]
-            raise LeamlError(
-                f"{second.source}: another caption for {_short(second.name)} stands at {first.source}; keep one."
-            )
-    out = Spool(Picture)
-    for picture, number in zip(pictures, caption_of):
-        out.append(picture if number < 0 else replace(picture, caption=captions[number].text))
+    captions, out = spool.finish(), Spool(Picture)
+    for n, picture in enumerate(pictures):
+        first: _Caption | None = None
+        while following is not None and following[0] == n:
+            caption = captions[following[1]]
+            first = first or caption
+            if caption.text != first.text:
+                raise LeamlError(
+                    f"{caption.source}: another caption for {_short(caption.name)} stands at {first.source}; keep one."
+                )
+            following = next(pairs, None)
+        out.append(picture if first is None else replace(picture, caption=first.text))
     return out.finish()
 
 

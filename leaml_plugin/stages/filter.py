@@ -25,7 +25,8 @@ overrepresented      the answer has more than its share among the answers to the
 Answers count as equal after normalisation (``leaml_plugin.metrics``). docs/pseudo-labels.md says what each filter
 removed and saved where the truth is known.
 
-Memory: the texts of one picture's pairs at a time, and 30 bytes a pair for what is compared over the whole run.
+Memory: the texts of one picture's pairs at a time, and one byte a pair. What is compared over the whole run is sorted
+in temporary files (``leaml_plugin.tables``), 32 to 100 bytes a pair.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.families import Families
 from leaml_plugin.metrics import normalise, normalise_question
 from leaml_plugin.records import QA, PseudoQA, to_json
+from leaml_plugin.tables import Table, added_up, columns, in_order
 
 ROUND_TRIP, BLIND, CAPTION = "round_trip", "blind", "caption"  # the names of the verify stage's second answers
 KEPT, DROPPED, COUNTS = "kept.jsonl", "dropped.jsonl", "counts.json"
@@ -70,6 +72,10 @@ REASONS = (
 BALANCES = ("question", "family")
 _CODES = {"": 0, **{reason: code for code, reason in enumerate(REASONS, 1)}}
 _NAMES = ("", *REASONS)
+
+_ROWS = 1 << 14  # pairs that are compared at once
+_GROUP = np.dtype([("question", np.int64), ("answer", np.int64), ("pairs", np.int64)])
+_QUESTION = np.dtype([("question", np.int64), ("pairs", np.int64), ("answers", np.int64)])
 
 _UNANSWERABLE = re.compile(
     r"\b(?:can ?not|can't|could not|unable to|impossible to) (?:be )?(?:determined?|tell|say|answer|know|see|identify)"
@@ -177,32 +183,59 @@ def judge(config: FilterConfig, pairs: Iterable[PseudoQA], labels: Sequence[QA])
         uint8 ``[pairs]``.
     """
     known = _Known.of(config, labels)
-    codes, logprobs = bytearray(), array("d")
-    questions, answers = array("q"), array("q")
+    codes = bytearray()
     compare = config.answer_share < 1
     group_of = normalise_question
     if compare and config.balance == "family":
         group_of = Families.learn(qa.question for qa in labels).of
+    left = _Left() if compare or config.keep_share < 1 else None
     for _, group in itertools.groupby(pairs, key=lambda pair: pair.picture_id):
         some = list(group)
         for pair, code in zip(some, _judge_picture(config, some, known)):
+            if left is not None and not code:
+                texts = (group_of(pair.question), normalise(pair.answer)) if compare else ()
+                left.add(len(codes), pair.logprob, *map(_hash, texts))
             codes.append(code)
-            logprobs.append(pair.logprob)
-            if compare:
-                questions.append(_hash(group_of(pair.question)))
-                answers.append(_hash(normalise(pair.answer)))
     out = np.frombuffer(codes, dtype=np.uint8)  # of a bytearray, hence writable
-    scores = np.frombuffer(logprobs, dtype=np.float64)
     if compare:
-        where = np.flatnonzero(out == 0)
-        q, a = (np.frombuffer(h, dtype=np.int64)[where] for h in (questions, answers))
         labelled = [(_hash(group_of(qa.question)), _hash(normalise(qa.answer))) for qa in labels]
-        out[where[_overrepresented(config.answer_share, q, a, scores[where], labelled)]] = _CODES["overrepresented"]
+        for beyond in _overrepresented(config.answer_share, left.rows(), labelled):
+            out[beyond] = _CODES["overrepresented"]
     if config.keep_share < 1:
-        where = np.flatnonzero(out == 0)
-        order = where[np.argsort(-scores[where], kind="stable")]
-        out[order[math.ceil(config.keep_share * len(order)) :]] = _CODES["unlikely"]
+        start, kept = 0, math.ceil(config.keep_share * int((out == 0).sum()))
+        rows = (block[out[block["pair"]] == 0] for block in left.rows())
+        for block in in_order(rows, ("unlikeliness", "pair")):
+            out[block["pair"][max(0, kept - start) :]] = _CODES["unlikely"]
+            start += len(block)
     return out
+
+
+class _Left:
+    """The pairs that are compared over the whole run, in a file: hashes of question and answer, and how unlikely."""
+
+    def __init__(self) -> None:
+        self._columns = {"question": array("q"), "answer": array("q"), "unlikeliness": array("d"), "pair": array("q")}
+        self._table: Table | None = None
+
+    def add(self, pair: int, logprob: float, question: int = 0, answer: int = 0) -> None:
+        for column, value in zip(self._columns.values(), (question, answer, -logprob, pair)):
+            column.append(value)
+        if len(self._columns["pair"]) >= _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = columns(**{name: np.array(column) for name, column in self._columns.items()})
+        self._columns = {name: array(column.typecode) for name, column in self._columns.items()}
+        if self._table is None:
+            self._table = Table(rows.dtype)
+        self._table.append(rows)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """Blocks with the columns ``question``, ``answer``, ``unlikeliness``, ``pair`` (its number)."""
+        if self._table is None or self._columns["pair"]:
+            self._flush()
+        assert self._table is not None
+        return self._table.blocks(_ROWS)
 
 
 @dataclass(frozen=True)
@@ -308,35 +341,52 @@ def _hash(text: str) -> int:
 
 
 def _overrepresented(
-    share: float, questions: np.ndarray, answers: np.ndarray, scores: np.ndarray, labels: Sequence[tuple[int, int]]
-) -> np.ndarray:
-    """Indices of the pairs beyond their answer's share of a question, the least likely first.
+    share: float, rows: Iterable[np.ndarray], labels: Sequence[tuple[int, int]]
+) -> Iterator[np.ndarray]:
+    """Numbers of the pairs beyond their answer's share of a question, the least likely first; in blocks.
 
     Args:
-        questions, answers: hashes, int64 ``[pairs]``.
-        scores: float64 ``[pairs]``.
-        labels: question and answer of each label, hashed likewise.
+        rows: blocks of pairs with the columns of :class:`_Left`.
+        labels: hashes of question and answer of each label.
     """
-    if not len(questions):
-        return np.zeros(0, dtype=np.int64)
     known: dict[int, Counter[int]] = defaultdict(Counter)
     for question, answer in labels:
         known[question][answer] += 1
-    order = np.lexsort((np.arange(len(scores)), -scores, answers, questions))
-    q, a = questions[order], answers[order]
-    new_question = np.r_[True, q[1:] != q[:-1]]
-    starts = np.flatnonzero(new_question | np.r_[True, a[1:] != a[:-1]])  # of the groups with one question and answer
-    sizes = np.diff(np.r_[starts, len(q)])
-    owner = np.cumsum(new_question[starts]) - 1  # which question each group belongs to
-    of_question = np.bincount(owner, weights=sizes)[owner]
-    alone = np.bincount(owner)[owner] == 1  # the only answer to a question competes with none
-    allowed = np.full(len(starts), share)
-    for group in np.flatnonzero(np.isin(q[starts], list(known))):
-        counter = known[int(q[starts[group]])]
-        allowed[group] = max(share, counter[int(a[starts[group]])] / counter.total())
-    free = alone | (allowed >= 1)
-    allowed = np.where(free, 0.0, allowed)
-    most = np.maximum(1, np.floor(allowed / (1 - allowed) * (of_question - sizes)))
-    most = np.where(free, sizes, most)
-    rank = np.arange(len(q)) - np.repeat(starts, sizes)
-    return order[rank >= np.repeat(most, sizes)]
+    pairs = Table(np.dtype([("pair", np.int64)]))  # by question and answer, the likeliest first
+
+    def ones() -> Iterator[np.ndarray]:
+        for block in in_order(rows, ("question", "answer", "unlikeliness", "pair")):
+            pairs.append(columns(pair=block["pair"]))
+            yield columns(question=block["question"], answer=block["answer"], pairs=np.ones(len(block), np.int64))
+
+    groups, questions = Table(_GROUP), Table(_QUESTION)  # with one question and answer; with one question
+    for block in added_up(ones(), ("question", "answer")):
+        groups.append(block)
+    answered = (
+        columns(question=block["question"], pairs=block["pairs"], answers=np.ones(len(block), np.int64))
+        for block in groups.blocks(_ROWS)
+    )
+    for block in added_up(answered, ("question",)):
+        questions.append(block)
+
+    first, start, last = 0, 0, None  # the question and the pair that a block begins with, the question before
+    for block in groups.blocks(_ROWS):
+        new = np.r_[last is not None and block["question"][0] != last, block["question"][1:] != block["question"][:-1]]
+        owner = np.cumsum(new)
+        last = block["question"][-1]
+        of = questions.read(first, first + int(owner[-1]) + 1)[owner]
+        first += int(owner[-1])
+        sizes = block["pairs"]
+        starts = start + np.cumsum(sizes) - sizes
+        start += int(sizes.sum())
+        allowed = np.full(len(block), share)
+        for group in np.flatnonzero(np.isin(block["question"], list(known))):
+            counter = known[int(block["question"][group])]
+            allowed[group] = max(share, counter[int(block["answer"][group])] / counter.total())
+        free = (of["answers"] == 1) | (allowed >= 1)  # the only answer to a question competes with none
+        allowed = np.where(free, 0.0, allowed)
+        most = np.maximum(1, np.floor(allowed / (1 - allowed) * (of["pairs"] - sizes))).astype(np.int64)
+        for group in np.flatnonzero(~free & (sizes > most)).tolist():
+            begin, end = int(starts[group] + most[group]), int(starts[group] + sizes[group])
+            for at in range(begin, end, _ROWS):
+                yield pairs.read(at, min(at + _ROWS, end))["pair"]

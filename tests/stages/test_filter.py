@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leaml_plugin import tables
 from leaml_plugin.artifacts import StageDirectory, read_records, write_records
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import QA, ImageRef, PseudoQA
@@ -206,3 +208,24 @@ def test_shares_of_answers_against_counting_by_hand(rows, labels, share):
             most = len(own) if len(answers) == 1 or allowed >= 1 else max(1, int(allowed / (1 - allowed) * others))
             want += own[:most]
     assert [p.id for p in kept] == [p.id for p in pairs if p in want]
+
+
+@given(
+    data=st.data(),
+    kinds=st.sampled_from([(1, 1), (1, 60), (60, 2), (4, 4)]),
+    run=st.sampled_from([3, 11]),
+    balance=st.sampled_from(filter.BALANCES),
+)
+@settings(max_examples=100, deadline=None)
+def test_comparing_in_parts_on_disk_is_comparing_at_once(data, kinds, run, balance):
+    """One question or many, one answer or many, ties and what is no number: the parts decide nothing."""
+    scores = st.sampled_from([0.0, -0.5, -1.0, -1.25, -7.0, -math.inf, math.nan])
+    rows = data.draw(st.lists(st.tuples(*(st.integers(0, n - 1) for n in kinds), scores), max_size=80))
+    pairs = [pair(f"what is thing {q} of it?", f"a{a}", str(i // 2), i % 2, s) for i, (q, a, s) in enumerate(rows)]
+    labels = [QA("1", (), "what is thing 0 of it?", "a0"), QA("2", (), "what is thing 1 of it?" * 9, "a1" * 9)]
+    config = FilterConfig(round_trip=False, agreement=0.0, answer_share=0.4, keep_share=0.7, balance=balance)
+    whole = filter.judge(config, pairs, labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "RUN", run)
+        patch.setattr(filter, "_ROWS", run - 1)
+        assert filter.judge(config, pairs, labels).tolist() == whole.tolist()
