@@ -9,7 +9,7 @@ export PYTHON VENV
 export OMP_WAIT_POLICY ?= PASSIVE
 LEAML := $(VENV)/bin/leaml
 
-.PHONY: environment demo test test-fast lint pretrain gate bench clean
+.PHONY: environment demo test test-fast lint pretrain teacher gate bench clean
 
 environment:
 	@scripts/environment.sh
@@ -28,6 +28,9 @@ lint: environment
 
 pretrain: environment
 	$(LEAML) pretrain
+
+teacher: environment
+	$(VENV)/bin/python -m leaml_plugin.worlds.teacher
 
 gate: environment
 	$(LEAML) gate

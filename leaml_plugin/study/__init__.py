@@ -7,6 +7,7 @@ learning rates ``tuning``. Does not cover real data sets (``leaml adapt`` and ``
 from __future__ import annotations
 
 import argparse
+import sys
 
 EXAMPLES = """examples:
   leaml study                                            # both worlds, 1 % of the labels, 5 seeds, every method
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N-1 (default: 5)")
     parser.add_argument("--results", default="results/study", metavar="DIR",
                         help="where the results lie, one JSON file a run (default: results/study)")  # fmt: skip
+    parser.add_argument("--teacher-captions", default="results/teacher", metavar="DIR",
+                        help="captions by larger teachers of ours (default: results/teacher)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="DIR", help="the tiny base model (default: the embedded one)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
     parser.add_argument("--time", type=float, default=float("inf"), metavar="SECONDS",
@@ -56,7 +59,10 @@ def main(args: argparse.Namespace) -> int:
     for world in worlds:
         if world not in REPORTED:
             raise unknown_name("world to report on", world, REPORTED)
-    methods = check_methods(args.methods or list(ORDER))
+    every = args.methods or list(ORDER)
+    if not (args.methods or args.summary):
+        every = _possible(every, worlds, Path(args.teacher_captions))
+    methods = check_methods(every)
     if args.seeds < 1:
         raise LeamlError(f"--seeds is {args.seeds}; it must be at least 1.")
     settings: dict = {}
@@ -76,6 +82,22 @@ def main(args: argparse.Namespace) -> int:
     if args.tune:
         return _tune(args, protocol, checkpoint, directory, methods)
     return _study(args, protocol, checkpoint, directory, worlds, methods)
+
+
+def _possible(methods, worlds, captions) -> list[str]:
+    """The methods without those whose teacher's captions are not at hand: they ship with the repository alone."""
+    from leaml_plugin.study.protocol import METHODS
+    from leaml_plugin.worlds.teacher import captions_file
+
+    def possible(method) -> bool:
+        teacher = METHODS[method].teacher
+        return teacher == "world" or all(captions_file(captions, teacher, world).is_file() for world in worlds)
+
+    out = [method for method in methods if possible(method)]
+    if len(out) < len(methods):
+        left = ", ".join(method for method in methods if method not in out)
+        print(f"without {left}: {captions} has no captions by the larger teacher", file=sys.stderr)
+    return out
 
 
 def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
@@ -118,7 +140,8 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-        paths, left = run_all(Study(protocol, checkpoint), jobs, directory, stop_after=args.time)
+        study = Study(protocol, checkpoint, captions=Path(args.teacher_captions))
+        paths, left = run_all(study, jobs, directory, stop_after=args.time)
     results = load_results(paths)
     table = summary.rows(results)
     print(summary.text_table(summary.HEADER, summary.cells(table)))
@@ -190,6 +213,8 @@ def _filters(args, protocol, checkpoint, directory, worlds) -> int:
 
 
 def _tune(args, protocol, checkpoint, directory, methods) -> int:
+    from pathlib import Path
+
     import torch
 
     from leaml_plugin.study import summary, tuning
@@ -197,7 +222,7 @@ def _tune(args, protocol, checkpoint, directory, methods) -> int:
     from leaml_plugin.study.runner import Study, load_results, run_all
 
     torch.set_num_threads(args.threads)
-    study = Study(protocol, checkpoint)
+    study = Study(protocol, checkpoint, captions=Path(args.teacher_captions))
     seeds, labels = range(args.seeds), args.labels[0]
     source = finetune_source(protocol)
     needed = dict.fromkeys([*methods, *([source] if any(METHODS[m].kind == "pseudo" for m in methods) else [])])

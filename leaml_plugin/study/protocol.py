@@ -109,6 +109,7 @@ class Method:
         truth: diagnosis of a "pseudo" method, with the truth at hand: "filter" keeps the right pairs alone, "answers"
             puts the right answer in place of the generator's, "questions" the truth about the same pictures in place
             of all pairs. Never a result.
+        teacher: whose captions it learns from: "world", the noisy generator, or the name of a larger teacher of ours.
     """
 
     title: str
@@ -123,9 +124,14 @@ class Method:
     learner: str = ""
     rounds: int = 0
     truth: str = ""
+    teacher: str = "world"
 
 
 ATTENTION = r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj$"
+
+#: The larger teacher (``leaml_plugin.worlds.teacher``) whose captions lie in results/teacher: the first eight digits of
+#: its weights' SHA-256.
+LARGER_TEACHER = "untrained"
 
 METHODS: Mapping[str, Method] = {
     "blind": Method("Image-blind majority", "blind"),
@@ -146,13 +152,15 @@ METHODS: Mapping[str, Method] = {
     "right-pairs": Method("LEAML, right pairs alone (diagnosis)", "pseudo", truth="filter"),
     "right-answers": Method("LEAML, right answers (diagnosis)", "pseudo", truth="answers"),
     "right-questions": Method("LEAML, all questions and answers right (diagnosis)", "pseudo", truth="questions"),
+    "leaml-model-teacher": Method("LEAML, captions by the larger model", "pseudo", teacher=LARGER_TEACHER),
+    "joint-model-teacher": Method("Labels + captions, captions by the larger model", "joint", teacher=LARGER_TEACHER),
     "all-labels": Method("All labels (upper bound)", "labels", every_label=True),
 }
 #: In the order in which a study runs them: what answers the main question first.
 ORDER = (
     "blind", "zero-shot", "full", "lora", "joint", "leaml", "no-distillation", "all-labels", "attention",
     "all-neurons", "random-neurons", "joint-lora", "full-longer", "full-vision", "leaml-full", "leaml-rounds",
-    "right-pairs", "right-answers", "right-questions",
+    "right-pairs", "right-answers", "right-questions", "leaml-model-teacher", "joint-model-teacher",
 )  # fmt: skip
 
 #: Learning rates that every trained method was tuned over, on the garden world.
@@ -162,10 +170,10 @@ GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 LEARNING_RATES: Mapping[str, float] = {
     "full": 3e-3,
     "full-vision": 3e-3,
-    "lora": 1e-3,
+    "lora": 3e-3,
     "attention": 3e-3,
-    "joint": 3e-3,
-    "joint-lora": 1e-3,
+    "joint": 1e-3,
+    "joint-lora": 3e-3,
     "no-distillation": 3e-3,
     "all-neurons": 3e-3,
     "random-neurons": 3e-3,
@@ -178,11 +186,17 @@ LEARNING_RATES: Mapping[str, float] = {
     "all-labels": 1e-3,
 }
 DEFAULT_RATE = 1e-3
+#: Methods that keep the rate of another one: training longer is a control of it, another teacher changes its data only.
+RATE_OF: Mapping[str, str] = {
+    "full-longer": "full",
+    "leaml-model-teacher": "leaml",
+    "joint-model-teacher": "joint",
+}
 
 
 def learning_rate(method: str) -> float:
-    """The tuned rate. Training longer is a control and keeps the rate of what it controls."""
-    return LEARNING_RATES.get("full" if METHODS[method].longer else method, DEFAULT_RATE)
+    """The tuned rate, or that of the method whose rate this one keeps."""
+    return LEARNING_RATES.get(RATE_OF.get(method, method), DEFAULT_RATE)
 
 
 def finetune_source(protocol: Protocol, method: str = "leaml") -> str:
@@ -203,7 +217,7 @@ def trained(method: str) -> bool:
 
 def tuned(method: str) -> bool:
     """Whether a method has a learning rate of its own."""
-    return trained(method) and not METHODS[method].longer
+    return trained(method) and method not in RATE_OF
 
 
 def check_methods(names: list[str]) -> list[str]:

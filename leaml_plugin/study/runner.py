@@ -47,8 +47,10 @@ from leaml_plugin.worlds.evaluate import HELD_OUT_SEED, accuracy
 from leaml_plugin.worlds.general import CAPTION_PROMPTS
 from leaml_plugin.worlds.packing import Encoder, logits, pack, token_losses
 from leaml_plugin.worlds.scenes import render
+from leaml_plugin.worlds.teacher import captions_file, require_captions
 
 FORMAT = 1
+CAPTIONS = Path("results/teacher")  # captions by larger teachers of ours, a folder each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,12 +198,14 @@ class Study:
     Args:
         checkpoint: directory of the tiny Qwen2.5-VL.
         prompts: directory of the prompts it was trained on; ``None``: the worlds' own.
+        captions: where the captions by larger teachers lie.
     """
 
-    def __init__(self, protocol: Protocol, checkpoint: Path, prompts: Path | None = None):
+    def __init__(self, protocol: Protocol, checkpoint: Path, prompts: Path | None = None, *, captions: Path = CAPTIONS):
         from leaml_plugin.worlds.files import prompts_path
 
         self.protocol = protocol
+        self.captions = captions
         self.base = packed.load(checkpoint)
         self.checkpoint = checkpoint_hash(checkpoint)
         self.prompts = Prompts.load(prompts or prompts_path())
@@ -242,6 +246,9 @@ class Study:
         at = self.world(world)
         labels = budget_of(method, labels)
         budget = at.labels(labels, seed) if labels else Labels([], 0, [])
+        if spec.teacher != "world":
+            captioned = at.captioned(budget.unlabelled, self.captions, spec.teacher)
+            budget = dataclasses.replace(budget, unlabelled=captioned)
         config = resolve(self.protocol, method, seed, rate, finetune_rate)
         result: dict[str, Any] = {
             **identity(self.checkpoint, world, method, labels, seed, config),
@@ -588,13 +595,20 @@ def run_all(
     """Do the jobs whose result is not there yet; returns the result files of all jobs done, and how many are left.
 
     A result is written once it is complete, atomically; no job is begun after ``stop_after`` seconds.
+
+    Raises:
+        LeamlError: a job's captions are missing; nothing is run then.
     """
     start = time.monotonic()
-    jobs = list(jobs)
-    paths, left = [], 0
-    for number, job in enumerate(jobs, 1):
+    planned = []
+    for job in jobs:
         config = resolve(study.protocol, job.method, job.seed, job.rate, job.finetune_rate)
         path = result_path(directory, identity(study.checkpoint, job.world, job.method, job.labels, job.seed, config))
+        if METHODS[job.method].teacher != "world" and not path.exists():
+            require_captions(captions_file(study.captions, METHODS[job.method].teacher, job.world))
+        planned.append((job, path))
+    paths, left = [], 0
+    for number, (job, path) in enumerate(planned, 1):
         if not path.exists():
             if time.monotonic() - start > stop_after:
                 left += 1
@@ -603,7 +617,7 @@ def run_all(
             write_json(path, result)
             forgot = result["forgetting"]
             print(
-                f"{number}/{len(jobs)} {job.world} {job.method} labels {job.labels:g} seed {job.seed}"
+                f"{number}/{len(planned)} {job.world} {job.method} labels {job.labels:g} seed {job.seed}"
                 + (f" lr {job.rate:g}" if job.rate is not None else "")
                 + f": accuracy {100 * result['accuracy']:.1f}"
                 + (f", forgot {forgot['qa_points']:.1f}" if forgot else "")

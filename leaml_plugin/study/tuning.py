@@ -31,7 +31,7 @@ def second_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int], fin
     return [
         Job(TUNING, method, labels, seed, rate, finetune_rate)
         for method in methods
-        if METHODS[method].kind == "pseudo"
+        if tuned(method) and METHODS[method].kind == "pseudo"
         for seed in seeds
         for rate in GRID
     ]

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from leaml_plugin.artifacts import fingerprint
 from leaml_plugin.errors import LeamlError
@@ -20,6 +21,7 @@ from leaml_plugin.records import QA, Picture, PseudoQA
 from leaml_plugin.study.packed import PictureStore
 from leaml_plugin.worlds.blind import blind_scores
 from leaml_plugin.worlds.scenes import NONE_OF_THE_ABOVE, Scene, WorldQA, render
+from leaml_plugin.worlds.teacher import captions_file, load_captions
 
 POOL_START, TEST_START = 100_000, 500_000  # indices that the worlds' answer balancing and gate do not draw from
 WORLD_SEED = 0
@@ -85,6 +87,7 @@ class World:
         self._pool = [scene for scene in scenes[:pool] if scene.qas]
         self._qas: dict[str, list[QA]] = {}
         self._pictures: dict[str, Picture] = {}
+        self._captions: dict[str, dict[str, str]] = {}
         self.test: list[QA] = []
         self._test_scenes: list[Scene] = []
         for number, scene in enumerate(scenes):
@@ -121,6 +124,16 @@ class World:
             count,
             [self._pictures[name] for name in order[count:]],
         )
+
+    def captioned(self, pictures: Sequence[Picture], directory: Path, teacher: str) -> list[Picture]:
+        """The pictures with the captions that a larger teacher of ours wrote, from its files in ``directory``.
+
+        Raises:
+            LeamlError: the captions are missing, or were made for other pictures than this world's.
+        """
+        if teacher not in self._captions:
+            self._captions[teacher] = load_captions(captions_file(directory, teacher, self.name), self._pool)
+        return [replace(picture, caption=self._captions[teacher][picture.id]) for picture in pictures]
 
     def blind(self, labels: Sequence[QA]) -> list[bool]:
         """Whether the image-blind prediction learnt from ``labels`` is right, for each test question.

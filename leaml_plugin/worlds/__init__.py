@@ -16,7 +16,8 @@ Public functions (all lazy: importing this module imports neither numpy nor torc
         Scene.frames: uint8 arrays [96, 96, 3] (one, or three for a clip); Scene.images(): PIL pictures;
         Scene.qas: WorldQA(template, question, answer, kind, level, options); Scene.caption: the noisy generic teacher;
         Scene.true_caption; Scene.things; Scene.facts; Scene.id
-    export(world, out_dir, pictures=..., seed=0, start=0, schema="plain") -> ExportedWorld
+    export(world, out_dir, pictures=..., seed=0, start=0, schema="plain", teacher=None) -> ExportedWorld
+        captions.jsonl is by the noisy generic teacher, or by the model in the directory ``teacher``
         ExportedWorld: directory, labels (file), captions (file), pictures, questions
         "plain"   images/*.png; qa.jsonl: id, image or images, question, answer, options where there are any, template;
                   captions.jsonl: id, image or images, caption

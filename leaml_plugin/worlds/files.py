@@ -1,7 +1,8 @@
 """Worlds as files, in our plain format or in the exact schemas of the real data sets; where the checkpoint lies.
 
 Covers ``plain`` (pictures and JSONL), ``kvasir`` (the parquet columns of ``SimulaMet-HOST/Kvasir-VQA``) and ``sportu``
-(``SportU_Video_mc.json`` with frame directories). Every export has ``captions.jsonl``, the generic teacher's words.
+(``SportU_Video_mc.json`` with frame directories). Every export has ``captions.jsonl``, the words of the noisy generic
+teacher, or of a larger model of ours (``teacher``).
 Pictures are PNG: the pixels that a loader decodes are the rendered ones.
 Does not cover splitting: that is by picture, downstream.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,25 @@ def prompts_path() -> Path:
 
 
 def export(
-    world: str, out_dir: str | os.PathLike[str], *, pictures: int, seed: int = 0, start: int = 0, schema: str = "plain"
+    world: str,
+    out_dir: str | os.PathLike[str],
+    *,
+    pictures: int,
+    seed: int = 0,
+    start: int = 0,
+    schema: str = "plain",
+    teacher: str | os.PathLike[str] | None = None,
 ) -> ExportedWorld:
     """Write pictures ``start`` to ``start + pictures - 1`` of a world into a new or empty directory.
 
+    Args:
+        teacher: checkpoint directory of the model that writes the captions (``leaml_plugin.worlds.teacher`` makes
+            one); ``None``: the world's noisy generator.
+
     Raises:
         LeamlError: unknown world or schema, a schema that cannot hold the world (``kvasir`` holds single pictures,
-            ``sportu`` clips under multiple choice), a directory with other things in it, a missing pyarrow.
+            ``sportu`` clips under multiple choice), a directory with other things in it, a teacher without weights, a
+            missing pyarrow.
     """
     if world not in WORLDS:
         raise unknown_name("world", world, WORLDS)
@@ -65,11 +79,17 @@ def export(
     if (schema == "kvasir" and world not in ("endoscopy", "garden")) or (schema == "sportu" and world != "sports"):
         fitting = "sportu or plain" if world == "sports" else "plain" if world == "general" else "kvasir or plain"
         raise LeamlError(f"the world {world!r} cannot be written in the schema {schema!r}; use {fitting}.")
+    if teacher is not None and not (Path(teacher) / "model.safetensors").is_file():
+        raise LeamlError(f"{teacher}: has no model.safetensors; make a teacher with 'make teacher'.")
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LeamlError(f"{out}: is not an empty directory; choose another one.")
     out.mkdir(parents=True, exist_ok=True)
-    scenes = (render(world, index, seed) for index in range(start, start + pictures))
+    scenes: Iterable[Scene] = (render(world, index, seed) for index in range(start, start + pictures))
+    if teacher is not None:
+        from leaml_plugin.worlds.teacher import described
+
+        scenes = described(scenes, Path(teacher))
     return _WRITERS[schema](track(scenes, f"drawing {world}", pictures, unit="picture"), out)
 
 

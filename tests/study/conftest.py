@@ -39,7 +39,21 @@ def small():
 
 
 @pytest.fixture(scope="session")
-def study(checkpoint, small):
+def teacher_captions(tmp_path_factory, small):
+    """Captions as a larger teacher would write them that makes no mistake, of the endoscopy pool."""
+    from leaml_plugin.study.protocol import LARGER_TEACHER
+    from leaml_plugin.study.world import POOL_START, WORLD_SEED
+    from leaml_plugin.worlds import render
+    from leaml_plugin.worlds.teacher import captions_file, save_captions
+
+    directory = tmp_path_factory.mktemp("teacher")
+    scenes = [render("endoscopy", POOL_START + i, WORLD_SEED) for i in range(small.pool)]
+    save_captions(captions_file(directory, LARGER_TEACHER, "endoscopy"), scenes, [s.true_caption for s in scenes])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def study(checkpoint, small, teacher_captions):
     from leaml_plugin.study.runner import Study
 
-    return Study(small, checkpoint)
+    return Study(small, checkpoint, captions=teacher_captions)
