@@ -218,25 +218,20 @@ def _tune(args, protocol, checkpoint, directory, methods) -> int:
     import torch
 
     from leaml_plugin.study import summary, tuning
-    from leaml_plugin.study.protocol import METHODS, finetune_source
+    from leaml_plugin.study.protocol import METHODS
     from leaml_plugin.study.runner import Study, load_results, run_all
 
     torch.set_num_threads(args.threads)
     study = Study(protocol, checkpoint, captions=Path(args.teacher_captions))
     seeds, labels = range(args.seeds), args.labels[0]
-    source = finetune_source(protocol)
-    needed = dict.fromkeys([*methods, *([source] if any(METHODS[m].kind == "pseudo" for m in methods) else [])])
-    paths, left = run_all(study, tuning.first_jobs(list(needed), labels, seeds), directory, stop_after=args.time)
-    found = tuning.outcome(load_results(paths))
-    if not left and source in found:
-        rate = tuning.best(found)[source]
-        more, left = run_all(study, tuning.second_jobs(methods, labels, seeds, rate), directory, stop_after=args.time)
-        found = tuning.outcome(load_results([*paths, *more]))
+    paths, left = run_all(study, tuning.jobs(methods, labels, seeds, protocol), directory, stop_after=args.time)
+    found = tuning.outcome(load_results(paths), protocol)
     rates = sorted({rate for some in found.values() for rate in some})
-    lines = [
-        [METHODS[m].title, *(f"{100 * some[r]:.1f}" if r in some else "" for r in rates), f"{tuning.best(found)[m]:g}"]
-        for m, some in found.items()
-    ]
+    best, lines = tuning.best(found), []
+    for name, scores in found.items():
+        title = METHODS[name.removesuffix(tuning.VQA)].title + tuning.VQA * name.endswith(tuning.VQA)
+        cells = [f"{100 * scores[rate]:.1f}" if rate in scores else "" for rate in rates]
+        lines.append([title, *cells, f"{best[name]:g}"])
     print(summary.text_table(["method", *(f"lr {rate:g}" for rate in rates), "best"], lines))
     if left:
         print(f"\n{left} runs are left; the same command goes on with them.")

@@ -60,7 +60,7 @@ class Protocol:
     captions: float = 1.0
     generator_updates: str = "all"
     qa_task: str = "both"
-    mode: str = "lora"
+    mode: str = "full"
     pseudo_pictures: int = 200
     samples: int = 4
     temperature: float = 1.0
@@ -147,7 +147,7 @@ METHODS: Mapping[str, Method] = {
     "all-neurons": Method("Pseudo-QA, all neurons distilled", "pseudo", choice="all"),
     "random-neurons": Method("Pseudo-QA, random neurons distilled", "pseudo", choice="random"),
     "leaml": Method("LEAML", "pseudo"),
-    "leaml-full": Method("LEAML, VQA model fully fine-tuned", "pseudo", learner="full"),
+    "leaml-lora": Method("LEAML, VQA model a LoRA", "pseudo", learner="lora"),
     "leaml-rounds": Method("LEAML, two rounds", "pseudo", rounds=2),
     "right-pairs": Method("LEAML, right pairs alone (diagnosis)", "pseudo", truth="filter"),
     "right-answers": Method("LEAML, right answers (diagnosis)", "pseudo", truth="answers"),
@@ -159,14 +159,13 @@ METHODS: Mapping[str, Method] = {
 #: In the order in which a study runs them: what answers the main question first.
 ORDER = (
     "blind", "zero-shot", "full", "lora", "joint", "leaml", "no-distillation", "all-labels", "attention",
-    "all-neurons", "random-neurons", "joint-lora", "full-longer", "full-vision", "leaml-full", "leaml-rounds",
+    "all-neurons", "random-neurons", "joint-lora", "full-longer", "full-vision", "leaml-lora", "leaml-rounds",
     "right-pairs", "right-answers", "right-questions", "leaml-model-teacher", "joint-model-teacher",
 )  # fmt: skip
 
 #: Learning rates that every trained method was tuned over, on the garden world.
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
-#: The tuned rates. A method with pseudo-QA trains its generator at its own rate and its VQA model at that of
-#: ``finetune_source``.
+#: The tuned rates; of a method with pseudo-QA that of its generator.
 LEARNING_RATES: Mapping[str, float] = {
     "full": 3e-3,
     "full-vision": 3e-3,
@@ -178,7 +177,7 @@ LEARNING_RATES: Mapping[str, float] = {
     "all-neurons": 3e-3,
     "random-neurons": 3e-3,
     "leaml": 3e-3,
-    "leaml-full": 3e-3,
+    "leaml-lora": 3e-3,
     "leaml-rounds": 3e-3,
     "right-pairs": 3e-3,
     "right-answers": 3e-3,
@@ -186,6 +185,8 @@ LEARNING_RATES: Mapping[str, float] = {
     "all-labels": 1e-3,
 }
 DEFAULT_RATE = 1e-3
+#: The tuned rates of VQA models that are trained with pseudo-QA, by what they train.
+VQA_RATES: Mapping[str, float] = {"full": 1e-3, "lora": 3e-3, "selected": 1e-3}
 #: Methods that keep the rate of another one: training longer is a control of it, another teacher changes its data only.
 RATE_OF: Mapping[str, str] = {
     "full-longer": "full",
@@ -199,9 +200,9 @@ def learning_rate(method: str) -> float:
     return LEARNING_RATES.get(RATE_OF.get(method, method), DEFAULT_RATE)
 
 
-def finetune_source(protocol: Protocol, method: str = "leaml") -> str:
-    """The method whose tuned rate a VQA model trained with pseudo-QA takes: what trains the same on labels alone."""
-    return "lora" if (METHODS[method].learner or protocol.mode) == "lora" else "full"
+def vqa_rate(protocol: Protocol, method: str = "leaml") -> float:
+    """The tuned rate of a VQA model that is trained with pseudo-QA, by what it trains."""
+    return VQA_RATES[METHODS[method].learner or protocol.mode]
 
 
 def budget_of(method: str, labels: float) -> float:

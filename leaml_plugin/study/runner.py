@@ -39,7 +39,7 @@ from leaml_plugin.records import QA, Prediction, PseudoQA
 from leaml_plugin.selection import Selection, all_neurons
 from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator, verify
 from leaml_plugin.study import packed
-from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, finetune_source, learning_rate
+from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, learning_rate, vqa_rate
 from leaml_plugin.study.statistics import pack_bits
 from leaml_plugin.study.world import Labels, World
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
@@ -151,7 +151,7 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
 def resolve(protocol: Protocol, method: str, seed: int, rate: float | None, finetune_rate: float | None) -> dict:
     """All that decides a run's result beside world, budget, seed and checkpoint, as plain data."""
     rate = learning_rate(method) if rate is None else rate
-    finetune_rate = learning_rate(finetune_source(protocol, method)) if finetune_rate is None else finetune_rate
+    finetune_rate = vqa_rate(protocol, method) if finetune_rate is None else finetune_rate
     configs = stage_configs(protocol, method, seed, rate, finetune_rate)
     names = ["pool", "test_pictures", "test_questions", "general_pictures"]
     if METHODS[method].kind == "pseudo":
@@ -213,6 +213,7 @@ class Study:
         self.store = packed.PictureStore()
         self._worlds: dict[str, World] = {}
         self._selections: dict[str, Selection] = {}
+        self._pairs: dict[str, list[bytes]] = {}
 
     def world(self, name: str) -> World:
         if name not in self._worlds:
@@ -301,8 +302,7 @@ class Study:
         if spec.kind == "zero-shot":
             return self.base, None
         rate = learning_rate(method) if rate is None else rate
-        if finetune_rate is None:
-            finetune_rate = learning_rate(finetune_source(self.protocol, method))
+        finetune_rate = vqa_rate(self.protocol, method) if finetune_rate is None else finetune_rate
         configs = stage_configs(self.protocol, method, seed, rate, finetune_rate)
         with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
             stages = Stages(Path(folder))
@@ -325,8 +325,11 @@ class Study:
                     own = self._select(chosen, world, budget, stages)
                 for number in range(spec.rounds or self.protocol.rounds):
                     within = Stages(Path(folder) / f"round-{number + 1}")
-                    start, tuned = self._copy(tuned if number else None), self._copy(vision=spec.vision)
-                    shards = self._write_pairs(configs, selection, budget, within, start)
+                    before_it, tuned = tuned, self._copy(vision=spec.vision)
+                    if number:
+                        shards = self._write_pairs(configs, selection, budget, within, self._copy(before_it))
+                    else:
+                        shards = self._first_pairs(configs, selection, budget, within)
                     path, counts = filter.run(configs["filter"], within["filter"], shards=shards, labels=budget.qas)
                     pairs = list(read_records(path, PseudoQA))
                     taught = [pair.as_qa() for pair in pairs]
@@ -347,6 +350,24 @@ class Study:
                         **common,
                     )
         return Loaded(tuned.model.eval(), tuned.processor, tuned.path), pseudo
+
+    def _first_pairs(
+        self, configs: Mapping[str, Any], selection: Selection, budget: Labels, stages: Stages
+    ) -> list[Path]:
+        """The shards of the first round. Methods that differ only in what follows share them: they are written once."""
+        names = ("relevance", "generator", "generate", "verify")
+        settings = [dataclasses.asdict(configs[name]) for name in names]
+        key = fingerprint([settings, [dataclasses.asdict(one) for one in (*budget.qas, *budget.unlabelled)]])
+        if key not in self._pairs:
+            shards = self._write_pairs(configs, selection, budget, stages, self._copy())
+            self._pairs[key] = [path.read_bytes() for path in shards]
+            return shards
+        copies = []
+        for number, content in enumerate(self._pairs[key]):
+            copies.append(stages["verify"].file(f"pairs-{number}.jsonl"))
+            copies[-1].parent.mkdir(parents=True, exist_ok=True)
+            copies[-1].write_bytes(content)
+        return copies
 
     def _write_pairs(
         self, configs: Mapping[str, Any], selection: Selection, budget: Labels, stages: Stages, generator: Loaded
@@ -417,9 +438,7 @@ class Study:
         """The pairs that LEAML's generator writes, with every second answer, unfiltered."""
         at = self.world(world)
         budget = at.labels(labels, seed)
-        configs = stage_configs(
-            self.protocol, "leaml", seed, learning_rate("leaml"), learning_rate(finetune_source(self.protocol))
-        )
+        configs = stage_configs(self.protocol, "leaml", seed, learning_rate("leaml"), vqa_rate(self.protocol))
         configs["verify"] = dataclasses.replace(configs["verify"], round_trip=True, blind=True, caption=True)
         with tempfile.TemporaryDirectory(prefix="leaml-study-") as folder:
             stages = Stages(Path(folder))

@@ -10,31 +10,22 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leaml_plugin.study.protocol import GRID, METHODS, TUNING, budget_of, tuned
+from leaml_plugin.study.protocol import GRID, METHODS, TUNING, Protocol, budget_of, learning_rate, tuned, vqa_rate
 from leaml_plugin.study.runner import Job
 
 
-def first_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int]) -> list[Job]:
-    """The grid for every method whose VQA model is trained at one rate."""
-    return [
-        Job(TUNING, method, budget_of(method, labels), seed, rate)
-        for method in methods
-        if tuned(method) and METHODS[method].kind != "pseudo"
-        for seed in seeds
-        for rate in GRID
-    ]
-
-
-def second_jobs(methods: Sequence[str], labels: float, seeds: Sequence[int], finetune_rate: float) -> list[Job]:
-    """The grid for the generators. Their VQA models are trained at ``finetune_rate``, the best of
-    the method that trains the same on labels alone."""
-    return [
-        Job(TUNING, method, labels, seed, rate, finetune_rate)
-        for method in methods
-        if tuned(method) and METHODS[method].kind == "pseudo"
-        for seed in seeds
-        for rate in GRID
-    ]
+def jobs(methods: Sequence[str], labels: float, seeds: Sequence[int], protocol: Protocol) -> list[Job]:
+    """The grid for every method. With pseudo-QA generator and VQA model have it, the other at its tuned rate."""
+    out = []
+    for method in filter(tuned, methods):
+        budget, pseudo = budget_of(method, labels), METHODS[method].kind == "pseudo"
+        other = vqa_rate(protocol, method) if pseudo else None
+        for seed in seeds:
+            out += [Job(TUNING, method, budget, seed, rate, other) for rate in GRID]
+            if pseudo:
+                own = learning_rate(method)
+                out += [Job(TUNING, method, budget, seed, own, rate) for rate in GRID if rate != other]
+    return out
 
 
 def rate_of(result: Mapping[str, Any]) -> float:
@@ -44,14 +35,25 @@ def rate_of(result: Mapping[str, Any]) -> float:
     return stages[name]["train"]["lr"]
 
 
-def outcome(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
-    """Method -> learning rate -> mean accuracy over seeds."""
+VQA = "'s VQA model"
+
+
+def outcome(results: Sequence[Mapping[str, Any]], protocol: Protocol) -> dict[str, dict[float, float]]:
+    """Method, or method and :data:`VQA` -> learning rate -> mean accuracy over seeds."""
     groups: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in results:
-        groups[r["method"]][rate_of(r)].append(r["accuracy"])
+        method, rate, score = r["method"], rate_of(r), r["accuracy"]
+        if METHODS[method].kind != "pseudo":
+            groups[method][rate].append(score)
+            continue
+        other = r["config"]["stages"]["finetune"]["train"]["lr"]
+        if other == vqa_rate(protocol, method):
+            groups[method][rate].append(score)
+        if rate == learning_rate(method):
+            groups[method + VQA][other].append(score)
     return {
-        method: {rate: sum(values) / len(values) for rate, values in sorted(rates.items())}
-        for method, rates in groups.items()
+        name: {rate: sum(values) / len(values) for rate, values in sorted(rates.items())}
+        for name, rates in groups.items()
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +15,14 @@ from leaml_plugin.study.protocol import (
     LEARNING_RATES,
     METHODS,
     ORDER,
+    VQA_RATES,
     Protocol,
     budget_of,
     check_methods,
     learning_rate,
     trained,
     tuned,
+    vqa_rate,
 )
 from leaml_plugin.study.runner import Job, identity, load_results, resolve, result_path, run_all
 
@@ -67,32 +68,38 @@ def test_methods_that_differ_from_leaml_in_one_thing(study):
     def stages(method):
         return resolve(study.protocol, method, 0, 1e-3, None)["stages"]
 
-    ours, full = stages("leaml"), stages("leaml-full")
-    assert (ours["finetune"]["mode"], full["finetune"]["mode"]) == ("lora", "full")
-    assert full["finetune"]["train"]["lr"] == learning_rate("full") != ours["finetune"]["train"]["lr"]
-    assert {k: v for k, v in full.items() if k != "finetune"} == {k: v for k, v in ours.items() if k != "finetune"}
+    ours, lora = stages("leaml"), stages("leaml-lora")
+    assert (ours["finetune"]["mode"], lora["finetune"]["mode"]) == ("full", "lora")
+    assert ours["finetune"]["train"]["lr"] == VQA_RATES["full"] != lora["finetune"]["train"]["lr"] == VQA_RATES["lora"]
+    assert {k: v for k, v in lora.items() if k != "finetune"} == {k: v for k, v in ours.items() if k != "finetune"}
     for method in ("leaml-rounds", "right-pairs", "right-answers", "right-questions"):
         assert stages(method) == ours
         assert resolve(study.protocol, method, 0, None, None)["method"] != METHODS["leaml"]
 
 
+def test_methods_with_the_same_pairs_share_them(study, monkeypatch, one_thread):
+    from leaml_plugin.stages import train_generator
+
+    def fresh(method):
+        study._pairs.clear()
+        return study.run("endoscopy", method, 0.25, 0)
+
+    def plain(result):
+        return {name: value for name, value in result.items() if "seconds" not in name}
+
+    alone = [plain(fresh(method)) for method in ("leaml-lora", "random-neurons")]
+    fresh("leaml")
+    trained = []
+    original = train_generator.run
+    monkeypatch.setattr(train_generator, "run", lambda config, *a, **k: trained.append(1) or original(config, *a, **k))
+    assert plain(study.run("endoscopy", "leaml-lora", 0.25, 0)) == alone[0] and not trained
+    assert plain(study.run("endoscopy", "random-neurons", 0.25, 0)) == alone[1]
+    assert trained, "other neurons write other pairs"
+
+
 def test_two_rounds_train_two_generators(study):
     result = study.run("endoscopy", "leaml-rounds", 0.25, 0)
     assert len(result["pseudo"]["before"]) == 1 and result["config"]["method"]["rounds"] == 2
-
-
-def test_results_that_are_there_keep_their_names():
-    """A field of a method, a protocol or a stage that is added later must not part old results from new ones."""
-    root = Path(__file__).resolve().parents[2] / "results" / "study" / "32cc3040"
-    found = 0
-    for path in sorted(root.glob("*/leaml-0.01-0-*.json")):
-        result = json.loads(path.read_text())
-        config = resolve(Protocol(), result["method"], result["seed"], None, None)
-        if result["config"]["stages"] == json.loads(json.dumps(config["stages"])):
-            name = identity(result["checkpoint"], result["world"], "leaml", 0.01, 0, config)
-            assert path.name == result_path(root, name).name
-            found += 1
-    assert found, f"{root}: has no result of LEAML under the protocol as it stands; run leaml study"
 
 
 def test_a_method_moves_what_it_says(study):
@@ -114,15 +121,22 @@ def test_a_method_moves_what_it_says(study):
     assert any(".visual." in n for n in changed("full-vision")[0])
 
 
-def test_equal_runs_give_equal_results(study):
+@pytest.fixture
+def one_thread():
+    """Sums over several threads may round differently from run to run."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        twice = [study.run("endoscopy", "leaml", 0.25, 0) for _ in range(2)]
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_equal_runs_give_equal_results(study, one_thread):
+    twice = []
+    for _ in range(2):
+        study._pairs.clear()
+        twice.append(study.run("endoscopy", "leaml", 0.25, 0))
     for result in twice:
         for name in ("seconds", "train_seconds"):
             del result[name]
@@ -235,12 +249,29 @@ def test_the_plot_is_written_and_repeats(tmp_path):
         draw([], tmp_path / "c.svg")
 
 
-def test_tuning_covers_every_trained_method_alike():
-    jobs = [*tuning.first_jobs(ORDER, 0.01, [0]), *tuning.second_jobs(ORDER, 0.01, [0], 1e-3)]
-    assert {job.world for job in jobs} == {"garden"}
+def test_tuning_covers_every_trained_method_alike(study):
+    jobs = tuning.jobs(ORDER, 0.01, [0], study.protocol)
+    assert {job.world for job in jobs} == {"garden"} and len(jobs) == len(set(jobs))
     for method in filter(tuned, ORDER):
-        assert sorted(job.rate for job in jobs if job.method == method) == sorted(GRID)
+        own = [job for job in jobs if job.method == method]
+        if METHODS[method].kind != "pseudo":
+            assert sorted(job.rate for job in own) == sorted(GRID)
+            continue
+        vqa = vqa_rate(study.protocol, method)
+        assert sorted(job.rate for job in own if job.finetune_rate == vqa) == sorted(GRID)
+        assert sorted(job.finetune_rate for job in own if job.rate == learning_rate(method)) == sorted(GRID)
     assert set(LEARNING_RATES) <= set(filter(tuned, ORDER)) and set(LEARNING_RATES.values()) <= set(GRID)
+    assert set(VQA_RATES.values()) <= set(GRID)
+
+
+def test_rates_of_generator_and_vqa_model_are_told_apart(study):
+    def result(rate, vqa, accuracy):
+        stages = resolve(study.protocol, "leaml", 0, rate, vqa)["stages"]
+        return {"method": "leaml", "config": {"stages": stages}, "accuracy": accuracy}
+
+    own, vqa = learning_rate("leaml"), vqa_rate(study.protocol)
+    found = tuning.outcome([result(own, vqa, 0.5), result(own, 1e-2, 0.7), result(3e-4, vqa, 0.3)], study.protocol)
+    assert found == {"leaml": {3e-4: 0.3, own: 0.5}, "leaml" + tuning.VQA: {vqa: 0.5, 1e-2: 0.7}}
 
 
 def test_the_best_rate_is_the_most_accurate_one():
