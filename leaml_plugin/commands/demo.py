@@ -77,28 +77,28 @@ def main(args: argparse.Namespace) -> int:
 def methods(config: DemoConfig) -> dict[str, dict[str, Any] | None]:
     """Method -> its settings beside the data; None: the base model as it is.
 
-    The baselines see the same labels for the same number of steps. LEAML's settings are those that did best on the
-    garden world, on which no result is reported (docs/study.md).
+    The baselines see the same labels for the same number of steps. Every method has the learning rates and settings that
+    did best on the garden world, on which no result is reported (docs/study.md).
     """
     train = {"steps": config.steps, "batch_size": 16, "seed": config.seed}
     return {
         "zero-shot": None,
         "full fine-tuning": {
             "method": "labels",
-            "finetune": {"mode": "full", "train": {**train, "lr": 5e-4}},
+            "finetune": {"mode": "full", "train": {**train, "lr": 3e-3}},
         },
         "LoRA": {
             "method": "labels",
-            "finetune": {"mode": "lora", "train": {**train, "lr": 2e-3}},
+            "finetune": {"mode": "lora", "train": {**train, "lr": 3e-3}},
         },
         "LEAML": {
             "method": "leaml",
-            "relevance": {"density": 0.2, "seed": config.seed},
-            "generator": {"qa_updates": "all", "qa_task": "both", "train": {**train, "lr": 5e-4}},
+            "relevance": {"density": 0.1, "seed": config.seed},
+            "generator": {"qa_updates": "all", "qa_task": "both", "train": {**train, "lr": 3e-3}},
             "generate": {"samples": 4, "batch_size": 128, "max_new_tokens": 48, "seed": config.seed},
             "verify": {"round_trip": True, "batch_size": 128},
-            "filter": {"round_trip": True, "keep_share": 0.5},
-            "finetune": {"mode": "lora", "pseudo_share": 0.5, "train": {**train, "lr": 2e-3}},
+            "filter": {"round_trip": True},
+            "finetune": {"mode": "full", "pseudo_share": 0.5, "train": {**train, "lr": 1e-3}},
         },
     }
 
