@@ -18,7 +18,8 @@ from leaml_plugin.study.summary import Row, best_baseline, rows
 COLORS = {
     "leaml": "#D55E00", "joint": "#0072B2", "full": "#009E73", "lora": "#56B4E9", "attention": "#CC79A7",
     "no-distillation": "#E69F00", "all-neurons": "#999999", "random-neurons": "#666666", "full-vision": "#004D40",
-    "all-labels": "#000000", "full-longer": "#76c7a0", "joint-lora": "#004488",
+    "all-labels": "#000000", "full-longer": "#76c7a0", "joint-lora": "#004488", "leaml-lora": "#F4A582",
+    "leaml-rounds": "#B2182B", "leaml-model-teacher": "#762A83", "joint-model-teacher": "#9970AB",
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _curves(axes: Any, own: Sequence[Row]) -> None:
     for method in dict.fromkeys(r.method for r in own):
         points = sorted((r for r in own if r.method == method), key=lambda r: r.labels)
-        if method in ("blind", "all-labels", "zero-shot"):
+        if method in ("blind", "all-labels", "zero-shot") or METHODS[method].truth:  # what knows the truth is no result
             continue
         x = [r.results[0]["label_questions"] for r in points]
         y = [100 * r.accuracy for r in points]
@@ -110,7 +111,7 @@ def _smallest(own: Sequence[Row]) -> float:
 
 def _pseudo(axes: Any, own: Sequence[Row]) -> None:
     labels = _smallest(own)
-    chosen = [r for r in own if r.labels == labels and r.pseudo is not None]
+    chosen = [r for r in own if r.labels == labels and r.pseudo is not None and not METHODS[r.method].truth]
     axes.barh([METHODS[r.method].title for r in chosen], [100 * (r.pseudo or 0) for r in chosen],
               color=[COLORS.get(r.method, "gray") for r in chosen])  # fmt: skip
     axes.invert_yaxis()
