@@ -32,7 +32,9 @@ from leaml_plugin.metrics import (
     normalise_question,
 )
 from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA, Skipped
-from leaml_plugin.report.words import CHECKS, family_of
+from leaml_plugin.report.words import CHECKS, family_of, without_machine
+from leaml_plugin.stages.caption import Usage
+from leaml_plugin.teachers import Caption
 
 STAGES = ("inputs", "caption", "relevance", "train_generator", "generate", "verify", "filter", "finetune", "evaluate")
 NOT_FILTERED = "not_filtered"
@@ -68,11 +70,15 @@ class Row:
 
 @dataclass
 class Shown:
-    """One picture of a gallery with what was written about it, or asked of it."""
+    """One picture of a gallery with what was written about it, or asked of it.
+
+    ``source`` tells who wrote the caption and what was asked, or why there is no caption.
+    """
 
     id: str
     images: tuple[ImageRef, ...]
     caption: str = ""
+    source: str = ""
     rows: list[Row] = field(default_factory=list)
 
 
@@ -199,6 +205,17 @@ class Facts:
                     yield Picture(pair.picture_id, pair.images)
                 last = pair.picture_id
 
+    @cached_property
+    def usage(self) -> str:
+        """Totals of what the teacher was asked in this run, as a sentence; empty where it was asked nothing."""
+        found = self._json("caption", "usage.json")
+        return str(Usage(**found)) if found and found["pictures"] else ""
+
+    def captions(self) -> Iterator[Caption]:
+        """What the teacher said of each picture that it was asked about, usable or not."""
+        for path in self.stage("caption").shards():
+            yield from read_records(path, Caption)
+
     # ---------------------------------------------------------------------------------------------- pseudo-QA
 
     def pseudo(self) -> Iterator[PseudoQA]:
@@ -307,6 +324,9 @@ class Facts:
         for picture in self.pictures():
             if picture.id in chosen and picture.id not in shown:
                 shown[picture.id] = Shown(picture.id, picture.images, picture.caption or "")
+        for record in self.captions():
+            if record.id in shown:
+                shown[record.id].source = source_of(record)
         for pair in self.pseudo():
             if pair.picture_id in shown:
                 notes = [(CHECKS.get(name, f"{name}:"), text) for name, text in pair.checks.items()]
@@ -409,6 +429,16 @@ class Facts:
                 entry.rows.append(Row(n, status, family_of(p.question), p.question, p.prediction, notes))
             out.append(entry)
         return out, total
+
+
+def source_of(record: Caption) -> str:
+    """Who wrote a caption and by which prompt; where it may not be used, why, and what was written."""
+    model = without_machine(str(record.meta.get("model", "")).removeprefix("model:"))
+    asked = f"{model}, prompt {record.meta.get('prompt', '')}"
+    if record.caption is not None:
+        return asked + (", ended by the token limit" if record.meta.get("finish_reason") == "length" else "")
+    why = f"no caption ({asked}): {record.reason}"
+    return f"{why}; as written: {record.text}" if record.text else why
 
 
 def choose(ids: Iterable[str], most: int) -> tuple[set[str], int]:

@@ -136,7 +136,8 @@ def build(
             ]
             for row in entry.rows
         ]
-        texts.append([without_machine(entry.id), cut(entry.caption), len(entry.images), rows])
+        source = _FOLDERS.sub("", cut(entry.source))
+        texts.append([without_machine(entry.id), cut(entry.caption), len(entry.images), rows, source])
         masks.append(sorted({row[0] * len(families) + row[1] for row in rows}))
     text_files = [
         _chunk(f"{name}-text-{i // TEXTS:04d}", texts[i : i + TEXTS], folder, written)
@@ -181,10 +182,11 @@ def build(
 def _card(
     text: Sequence[Any], thumb: Thumbnail, keys: Sequence[str], families: Sequence[str], statuses: Mapping[str, str]
 ) -> dict[str, Any]:
-    id_, caption, frames, rows = text
+    id_, caption, frames, rows, source = text
     return {
         "id": id_,
         "caption": caption,
+        "source": source,
         "frames": frames,
         "thumb": thumb,
         "rows": [

@@ -23,6 +23,7 @@ def shared_run(tmp_path_factory) -> RunDirectory:
     """A finished run with everything in it, its report written. Read only."""
     from leaml_plugin.report import write_report
 
-    run = MakeRun(tmp_path_factory.mktemp("shared"))()
+    stages = ("inputs", "caption", "relevance", "train_generator", "generate", "filter", "finetune", "evaluate")
+    run = MakeRun(tmp_path_factory.mktemp("shared"))(stages=stages)
     write_report(run)
     return run

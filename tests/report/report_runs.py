@@ -12,6 +12,7 @@ from leaml_plugin.artifacts import RunDirectory, StepLog, write_json, write_reco
 from leaml_plugin.metrics import exact_match
 from leaml_plugin.records import QA, ImageRef, Picture, Prediction, PseudoQA
 from leaml_plugin.stages import evaluate, filter
+from leaml_plugin.teachers import Caption
 
 QUESTIONS = {
     "Is there a polyp in the image?": ["yes", "no"],
@@ -132,6 +133,19 @@ class MakeRun:
         write_records(stage.file("labels.jsonl"), known)
         write_records(stage.file("pictures.jsonl"), pool)
         write_records(stage.file("questions.jsonl"), test)
+
+    @staticmethod
+    def _caption(stage, run, rng, known, test, pool, pairs, layers, skill):
+        meta = {"teacher": "http://127.0.0.1:8000/v1", "model": "big", "prompt": "teacher-1-62bd965c"}
+        refused = {5, 30}  # on the first page, and on one that the script draws
+        said = [
+            Caption(p.id, None, "refused", MARKUP, meta) if n in refused else Caption(p.id, p.caption, meta=meta)
+            for n, p in enumerate(pool)
+        ]
+        write_records(stage.shard(0), said)
+        write_records(
+            stage.file("pictures.jsonl"), [dataclasses.replace(p, caption=c.caption) for p, c in zip(pool, said)]
+        )
 
     @staticmethod
     def _relevance(stage, run, rng, known, test, pool, pairs, layers, skill):

@@ -133,6 +133,7 @@ def test_a_card_drawn_by_the_script_is_the_card_of_the_template(fresh):
     fresh.press("p")
     fresh.wait("return document.querySelector('#pseudo-gallery').dataset.drawn === '1'")
     assert fresh.run("return document.querySelectorAll('#pseudo-gallery .card img').length") == 23  # one is missing
+    assert "refused; as written: <script>" in before
     assert fresh.run(tree) == before
 
 
@@ -186,6 +187,32 @@ def test_numbers_on_the_heat_map_can_be_read(page, dark):
     ratios = page.run(script)
     assert len(ratios) > 50 and min(ratios) >= 4.4
     page.resize(1200)
+
+
+@pytest.mark.slow
+def test_ten_thousand_pictures_without_a_network(driver, make_run):
+    run = make_run(pictures=10_000, samples=1, distinct=20, questions=0, stages=("inputs", "generate", "filter"))
+    driver.cdp("Network.enable")
+    driver.cdp(
+        "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1
+    )  # fmt: skip
+    driver.open(write_report(run))
+    assert driver.run("return document.querySelectorAll('#pseudo-gallery .card').length") == 24
+    driver.run(
+        "const p = document.querySelector('#pseudo-gallery .page');"
+        "p.value = '417'; p.dispatchEvent(new Event('change'))"
+    )
+    driver.wait("return document.querySelector('#pseudo-gallery').dataset.drawn === '417'")
+    assert driver.run(LINE) == "Pictures 9\u202f985 to 10\u202f000 of 10\u202f000"
+    drawn = "return [...document.querySelectorAll('#pseudo-gallery .card img')].filter(i => i.naturalWidth).length"
+    assert driver.run(drawn) == 16
+    driver.run(
+        "const g = document.querySelector('#pseudo-gallery');"
+        "g.querySelector('.words').value = 'img_07777'; g.querySelector('.tools button').click()"
+    )
+    driver.wait(LINE.replace("textContent", "textContent.startsWith('Pictures 1 to 1 of 1 ')"))
+    assert driver.run(FIRST) == "img_07777" and driver.console() == []
+    driver.cdp("Network.disable")
 
 
 def test_a_lost_folder_is_said(driver, make_run):

@@ -23,7 +23,9 @@ from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import ImageRef, Picture, PseudoQA
 from leaml_plugin.report import gallery, words, write_report
 from leaml_plugin.report.facts import Facts, choose
-from leaml_plugin.stages import filter, verify
+from leaml_plugin.stages import caption, filter, verify
+from leaml_plugin.teachers import Caption
+from leaml_plugin.teachers.client import ServerConfig
 
 STAGES = ("inputs", "relevance", "train_generator", "generate", "filter", "finetune", "evaluate")
 
@@ -144,6 +146,35 @@ def test_the_page_has_the_order_that_a_screen_reader_needs(page):
     assert not page.all("div", onclick="") and all(a.get("type") for a, _ in page.all("button"))
     assert page.elements[0][0] == "html" and page.elements[0][1]["lang"] == "en"
     assert page.all("a", cls="skip")[0][0]["href"] == "#main"
+
+
+def test_a_caption_tells_who_wrote_it_and_a_missing_one_why(make_run):
+    run = make_run(pictures=5, markup=False, stages=("inputs", "generate"))
+    asked = {"teacher": "http://gpu7:8000/v1", "model": "/home/me/models/big", "prompt": "teacher-1-62bd965c"}
+    said = [
+        Caption("img_00000", "A spot.", meta={**asked, "finish_reason": "length", "prompt_tokens": 70}),
+        Caption("img_00002", None, "refused", MARKUP, {**asked, "model": "Qwen/Qwen2.5-VL-72B-Instruct"}),
+        Caption("img_00003", None, "unreadable: /data/me/3.png: the picture is truncated", "", asked),
+    ]
+    stage = run.stage("caption")
+    write_records(stage.shard(0), said)
+    bare = {r.id: None for r in said if r.caption is None}
+    pool = [dataclasses.replace(p, caption=bare.get(p.id, p.caption)) for p in Facts(run).pictures()]
+    write_records(stage.file("pictures.jsonl"), pool)
+    totals = caption.usage_of(stage.shards(), ServerConfig())
+    write_json(stage.file("usage.json"), dataclasses.asdict(totals))
+    page = Page(write_report(run))
+    shown = [text for _, text in page.all("span", cls="source")]
+    assert shown[:5] == [
+        "big, prompt teacher-1-62bd965c, ended by the token limit",
+        "",
+        f"no caption (Qwen/Qwen2.5-VL-72B-Instruct, prompt teacher-1-62bd965c): refused; as written: {MARKUP}",
+        "no caption (big, prompt teacher-1-62bd965c): unreadable: 3.png: the picture is truncated",
+        "",
+    ]
+    assert [row[4] for row in chunk(files(run) / page.index("pseudo")["texts"][0])] == shown[:5]
+    assert "The teacher: 1 captions of 3 pictures (1 refused, 1 unreadable); 1 ended by the token limit" in page.text()
+    assert "/home/me" not in page.source and "/data/me" not in page.source and "gpu7" not in page.source
 
 
 # --------------------------------------------------------------------------------------------------------- safety

@@ -123,8 +123,8 @@
             return;
           }
           if (turn !== this.turn) return;
-          const [id, caption, , rows] = text;
-          const own = [id, caption].some((t) => t.toLowerCase().includes(words));
+          const [id, caption, , rows, source] = text;
+          const own = [id, caption, source].some((t) => t.toLowerCase().includes(words));
           const said = (row) => [row[2], row[3], ...row[4].map((note) => note[1])];
           if (own || rows.some((row) => fits(row) && said(row).some((t) => t.toLowerCase().includes(words))))
             kept.push(i);
@@ -172,11 +172,12 @@
       this.root.dataset.drawn = String(this.page + 1);
     }
 
-    card([id, caption, frames, rows]) {
+    card([id, caption, frames, rows, source]) {
       const card = this.root.querySelector(".card-template").content.firstElementChild.cloneNode(true);
       const pair = this.root.querySelector(".pair-template").content.firstElementChild;
       card.querySelector(".id").textContent = id;
       card.querySelector(".caption").textContent = caption;
+      card.querySelector(".source").textContent = source;
       if (frames > 1) {
         const span = document.createElement("span");
         span.className = "frames";
