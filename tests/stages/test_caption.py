@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import gc
+import io
 import json
 import os
 import random
@@ -386,6 +389,48 @@ def test_kill_nine_and_go_on(tmp_path, images):
         quiet = command(images, server.url, tmp_path / "quiet.jsonl")
         assert cli.main(quiet) == 0
     assert output.read_bytes() == (tmp_path / "quiet.jsonl").read_bytes()
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with ``room`` bytes left for all journals together, part of a write included."""
+
+    room = 0
+
+    def write(self, data):
+        if FullDisk.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = super().write(bytes(data)[: FullDisk.room])
+        FullDisk.room -= done
+        return done
+
+
+@pytest.mark.parametrize("room", [100, 3000])
+def test_a_full_disk_loses_no_answer_that_was_written(room, tmp_path, images, capsys, monkeypatch):
+    def journal(path, mode, encoding):
+        return io.TextIOWrapper(io.BufferedWriter(FullDisk(path, mode)), encoding=encoding)
+
+    with serving(FakeServer(lambda body, n: describe(body))) as server:
+        assert cli.main(command(images, server.url, tmp_path / "quiet.jsonl")) == 0
+        capsys.readouterr()
+        words = command(images, server.url, tmp_path / "captions.jsonl", "--concurrency", "2")
+        monkeypatch.setattr(FullDisk, "room", room)
+        monkeypatch.setattr(caption, "open", journal, raising=False)
+        assert cli.main(words) == 2
+        assert (
+            capsys.readouterr()
+            .err.strip()
+            .splitlines()[-1]
+            .endswith("the disk is full; make room and repeat the command.")
+        )
+        work = tmp_path / "captions.jsonl.run" / "stages" / "caption"
+        kept = sum(path.read_bytes().count(b"\n") for path in work.rglob("*.jsonl"))
+        assert (room > 400) == (kept > 0)
+        monkeypatch.undo()
+        gc.collect()
+        before = len(server.requests)
+        assert cli.main(words) == 0
+        assert len(server.requests) - before == 23 - kept
+    assert (tmp_path / "captions.jsonl").read_bytes() == (tmp_path / "quiet.jsonl").read_bytes()
 
 
 SERVE = """
