@@ -131,7 +131,7 @@ ATTENTION = r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj$"
 
 #: The larger teacher (``leaml_plugin.worlds.teacher``) whose captions lie in results/teacher: the first eight digits of
 #: its weights' SHA-256.
-LARGER_TEACHER = "untrained"
+LARGER_TEACHER = "95f5dd73"
 
 METHODS: Mapping[str, Method] = {
     "blind": Method("Image-blind majority", "blind"),
