@@ -43,6 +43,10 @@ FILTERS: Mapping[str, Mapping[str, Any]] = {
     "overrepresented": {"answer_share": 0.5},
     "unlikely": {"keep_share": 0.5},
 }
+#: Measured alone only. Not part of what names a result: added later, so that older results go on counting.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "overrepresented, by family": {"answer_share": 0.5, "balance": "family"},
+}
 NONE, DEFAULT = "none", "default"
 DEFAULTS = FilterConfig()
 
@@ -68,7 +72,8 @@ def measure(
         return {"filter": name, "before": counts(before), "after": counts(kept), "kept": _name(kept)}, kept
 
     first, formed = row(NONE, pairs, OFF)
-    alone = [first] + [row(name, formed, dataclasses.replace(OFF, **setting))[0] for name, setting in FILTERS.items()]
+    settings = {**FILTERS, **VARIANTS}.items()
+    alone = [first] + [row(name, formed, dataclasses.replace(OFF, **setting))[0] for name, setting in settings]
     alone.append(row(DEFAULT, formed, DEFAULTS)[0])
     sequence, config, left = [first], OFF, formed
     for name, setting in FILTERS.items():
@@ -80,7 +85,7 @@ def measure(
 
 def kept_by(name: str, written: Written) -> list[PseudoQA]:
     """The pairs that one filter alone leaves."""
-    config = {NONE: OFF, DEFAULT: DEFAULTS}.get(name) or dataclasses.replace(OFF, **FILTERS[name])
+    config = {NONE: OFF, DEFAULT: DEFAULTS}.get(name) or dataclasses.replace(OFF, **{**FILTERS, **VARIANTS}[name])
     return filter.apply(config, written.pairs, written.budget.qas)[0]
 
 
@@ -132,7 +137,7 @@ def run(
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
     written: Written | None = None
-    if not path.exists():
+    if not path.exists() or not _complete(read_json(path)):
         written = study.write(world, labels, seed)
         found = measure(written.pairs, written.budget.qas, written.world.right)
         config = resolve(study.protocol, "leaml", seed, None, None)
@@ -166,6 +171,11 @@ def run(
             flush=True,
         )
     return True
+
+
+def _complete(result: Result) -> bool:
+    """Whether a measurement has every filter that is known today."""
+    return {entry["filter"] for entry in result["alone"]} >= {NONE, DEFAULT, *FILTERS, *VARIANTS}
 
 
 def load(study: Study, world: str, labels: float, seeds: Iterable[int], directory: Path) -> list[dict[str, Any]]:
@@ -204,6 +214,8 @@ def _share(part: int, whole: int) -> str:
 def alone_cells(results: Sequence[Result]) -> list[list[str]]:
     """Each filter by itself, pairs pooled over seeds; accuracy is the mean over the seeds that have it."""
     lines = []
+    # a seed whose measurement is older than a filter would make its row another sum than the others
+    results = [r for r in results if _complete(r)] or results
     for position, entry in enumerate(results[0]["alone"]):
         name = entry["filter"]
         # malformed pairs have no answer that could be right: every filter starts from the well-formed

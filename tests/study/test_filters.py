@@ -9,12 +9,12 @@ import json
 import pytest
 
 from leaml_plugin import study as command
-from leaml_plugin.artifacts import read_json
+from leaml_plugin.artifacts import read_json, write_json
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import QA, PseudoQA
 from leaml_plugin.stages.filter import REASONS
 from leaml_plugin.study import filters
-from leaml_plugin.study.filters import DEFAULT, FILTERS, NONE, measure
+from leaml_plugin.study.filters import DEFAULT, FILTERS, NONE, VARIANTS, measure
 from leaml_plugin.study.protocol import Protocol
 
 LABELS = [QA("1", (), "Is it red?", "no"), QA("2", (), "Is it red?", "yes")]
@@ -81,9 +81,25 @@ def test_one_set_of_pairs_is_measured_once_and_teaches_once(study, measured, mon
     monkeypatch.setattr(type(study), "write", lambda *a: pytest.fail("all is there already"))
     assert filters.run(study, "endoscopy", 0.25, 0, measured, accuracy=True) and len(taught) == count
     (loaded,) = filters.load(study, "endoscopy", 0.25, range(3), measured)
-    assert set(loaded["accuracy"]) == {NONE, DEFAULT, *FILTERS}
+    assert set(loaded["accuracy"]) == {NONE, DEFAULT, *FILTERS, *VARIANTS}
     text = filters.page({"endoscopy": [loaded], "sports": []})
     assert "| `round_trip` |" in text and "sports" not in text
+
+
+def test_a_filter_that_is_new_is_measured_beside_the_old(study, measured, tmp_path):
+    """Under the same name: what the others taught stays valid."""
+    (path,) = (p for p in measured.rglob("filters-*.json") if "alone" in read_json(p))
+    old = read_json(path)
+    for entry in list(old["alone"]):
+        if entry["filter"] in VARIANTS:
+            old["alone"].remove(entry)
+    older = tmp_path / path.relative_to(measured)
+    write_json(older, old)
+    assert filters.run(study, "endoscopy", 0.25, 0, tmp_path)
+    assert read_json(older)["alone"] == read_json(path)["alone"] != old["alone"]
+    seeds = filters.load(study, "endoscopy", 0.25, [0], measured)
+    cells = filters.alone_cells([{**old, "accuracy": {}}, *seeds])
+    assert [row[0] for row in cells] == [row[0] for row in filters.alone_cells(seeds)]
 
 
 def test_a_filtered_set_of_pairs_is_learnt_from(study):
