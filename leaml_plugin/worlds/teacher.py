@@ -482,7 +482,8 @@ def card(figures: Mapping[str, Any]) -> str:
     ]
     columns = ("right", *KINDS, "ground")
     parts += [f"| world | captions by | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 2)}"]
-    for world, found in figures["worlds"].items():
+    for world in CAPTIONED:
+        found = figures["worlds"][world]
         for by in ("larger", "world", "shipped"):
             cells = " | ".join(f"{100 * found[by][name]:.1f}" for name in columns)
             parts.append(f"| {world} | {by} | {cells} |")

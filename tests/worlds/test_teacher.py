@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import re
 
@@ -12,7 +13,9 @@ import pytest
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.worlds import WORLDS, evaluate, export, gate, pretrain, render, teacher
 from leaml_plugin.worlds.files import checkpoint_path
-from leaml_plugin.worlds.scenes import TEACHER_NOISE
+from leaml_plugin.worlds.general import GROUNDS
+from leaml_plugin.worlds.raster import COLORS, SHAPES, SIZES, TEXTURES
+from leaml_plugin.worlds.scenes import POSITIONS, TEACHER_NOISE
 
 SMALL = {"width": 32, "vision_width": 32, "layers": 2, "vision_layers": 2, "steps": 3, "batch": 2}
 
@@ -245,3 +248,42 @@ def test_an_export_takes_the_captions_of_a_model(tmp_path):
     with pytest.raises(LeamlError, match="make teacher"):
         export("endoscopy", tmp_path / "c", pictures=3, teacher=tmp_path)
     assert not (tmp_path / "c").exists()
+
+
+# -- the captions that are committed ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed():
+    from leaml_plugin.study.protocol import LARGER_TEACHER
+
+    return checkpoint_path().parents[2] / "results" / "teacher" / LARGER_TEACHER
+
+
+def test_the_committed_captions_name_no_term_of_a_domain(committed):
+    words = """a an at the that moving left right up down grows shrinks appears disappears stays background"""
+    words = {*words.split(), *SHAPES, *COLORS, *SIZES, *TEXTURES, *POSITIONS, *GROUNDS}
+    for world in teacher.CAPTIONED:
+        rows = [json.loads(row) for row in gzip.decompress((committed / f"{world}.jsonl.gz").read_bytes()).splitlines()]
+        seed, start = teacher.POOL
+        assert [row["id"] for row in rows] == [f"{world}-{seed}-{start + i:06d}" for i in range(2000)]
+        for row in rows:
+            assert set(re.findall(r"[a-z-]+", row["caption"].lower())) <= words, row
+
+
+def test_the_committed_captions_belong_to_the_worlds_and_the_card_tells_the_truth(committed):
+    figures = json.loads((committed / "card.json").read_text())
+    assert figures["recipe"] == teacher.asdict(teacher.Recipe(base=pretrain.weights_hash(checkpoint_path())))
+    assert figures["sha256"].startswith(committed.name) and figures["steps"] == teacher.Recipe().steps
+    assert (committed / "CARD.md").read_text() == teacher.card(figures)
+    seed, start = teacher.POOL
+    for world in teacher.CAPTIONED:
+        path = committed / f"{world}.jsonl.gz"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == figures["worlds"][world]["sha256"]
+        some = [render(world, start + i, seed) for i in range(40)]
+        found = teacher.quality(teacher.load_captions(path, some).values(), some)
+        said = figures["worlds"][world]["larger"]
+        assert abs(found["right"] - said["right"]) < 0.25 and abs(found["shape"] - said["shape"]) < 0.06
+        assert said["right"] > figures["worlds"][world]["world"]["right"] + 0.2, (
+            "it sees better than the generator tells"
+        )
