@@ -77,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
 def methods(config: DemoConfig) -> dict[str, dict[str, Any] | None]:
     """Method -> its settings beside the data; None: the base model as it is.
 
-    The baselines see the same labels for the same number of steps. Every method has the learning rates and settings that
-    did best on the garden world, on which no result is reported (docs/study.md).
+    The baselines see the same labels for the same number of steps. All have the learning rates and settings that did
+    best on the garden world, on which no result is reported (docs/study.md).
     """
     train = {"steps": config.steps, "batch_size": 16, "seed": config.seed}
     return {
