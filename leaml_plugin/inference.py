@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -156,7 +157,7 @@ def _generate(
     per_window = max(1, _WINDOW * batch_size // num_samples)
     # whole turns in a batch where they fit: what two batches share is read twice
     size = batch_size - batch_size % num_samples if num_samples <= batch_size else batch_size
-    for window in _ahead(turns, collator.prompt_features, per_window, on_error):
+    for window in _ahead(turns, _prompts_of(collator), per_window, on_error):
         # rows of (position in the window, sample, features); the samples of a turn share its tensors
         rows = [(position, sample, f) for position, f in enumerate(window) for sample in range(num_samples)]
         rows.sort(key=lambda row: -len(row[2]))  # stable, and the longest first: memory runs out early or never
@@ -165,7 +166,7 @@ def _generate(
         while start < len(rows):
             batch = rows[start : start + size]
             try:
-                with _evaluating(loaded.model):
+                with _inferring(loaded.model):
                     some = [(features, sample) for _, sample, features in batch]
                     texts = _run(loaded, collator, config, some, sampling, return_logprobs, stop)
             except torch.OutOfMemoryError as error:
@@ -201,9 +202,49 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             model.train()
 
 
+@contextlib.contextmanager
+def _inferring(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode inside; what the model keeps of it can be trained with afterwards."""
+    with _evaluating(model):
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for module in model.modules():
+                for kept in (vars(module), module._buffers):
+                    for name in [name for name, value in kept.items() if isinstance(value, Tensor | list | tuple)]:
+                        kept[name] = _ordinary(kept[name])
+
+
+def _ordinary(value: Any) -> Any:
+    """``value`` without tensors of inference mode, which autograd refuses; itself where it has none."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if type(value) in (list, tuple):
+        items = [_ordinary(item) for item in value]
+        return value if all(a is b for a, b in zip(items, value)) else type(value)(items)
+    return value
+
+
+def _prompts_of(collator: Collator) -> Callable[[Sequence[Turn]], Iterable[Features | LeamlError]]:
+    # a collator of somebody's own may know single turns only
+    return getattr(collator, "prompt_features_each", None) or _each(collator.prompt_features)
+
+
+def _each(encode: Callable[[Turn], Features]) -> Callable[[Sequence[Turn]], Iterable[Features | LeamlError]]:
+    def encoded(turns: Sequence[Turn]) -> Iterator[Features | LeamlError]:
+        for turn in turns:
+            try:
+                yield encode(turn)
+            except LeamlError as error:
+                yield error
+
+    return encoded
+
+
 def _ahead(
     turns: Iterable[Turn],
-    encode: Callable[[Turn], Features],
+    encode: Callable[[Sequence[Turn]], Iterable[Features | LeamlError]],
     size: int,
     on_error: Callable[[Turn, LeamlError], None] | None = None,
 ) -> Iterator[list[Features]]:
@@ -212,13 +253,13 @@ def _ahead(
 
     def window() -> tuple[int, list[Features], list[tuple[Turn, LeamlError]]]:
         some, encoded, failed = list(itertools.islice(stream, size)), [], []
-        for turn in some:
-            try:
-                encoded.append(encode(turn))
-            except LeamlError as error:
-                if on_error is None:
-                    raise
-                failed.append((turn, error))
+        for turn, features in zip(some, encode(some)):
+            if not isinstance(features, LeamlError):
+                encoded.append(features)
+            elif on_error is None:
+                raise features
+            else:
+                failed.append((turn, features))
         return len(some), encoded, failed
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="leaml-pictures") as executor:
@@ -233,7 +274,6 @@ def _ahead(
                 yield features
 
 
-@torch.no_grad()  # not inference_mode: what a model caches must stay usable in training
 def _run(
     loaded: Loaded,
     collator: Collator,
@@ -267,7 +307,7 @@ def _run(
     for (features, sample), ids, logprob in zip(rows, out[:, length:].tolist(), logprobs):
         end = next((n + 1 for n, i in enumerate(ids) if i in stop), None)
         written = ids[:end]
-        text = collator.decode(torch.tensor(written, dtype=torch.int64))
+        text = collator.decode(written)
         results.append(Generated(features.turn.id, sample, text, logprob, len(written), end is not None))
     return results
 
@@ -289,7 +329,7 @@ def score(
     """
     collator = collator if collator is not None else Collator(loaded.processor)
     bar = Progress(label, len(turns) if hasattr(turns, "__len__") else None, unit="text") if progress else None
-    for features in _ahead(turns, collator.features, _WINDOW * batch_size):
+    for features in _ahead(turns, _each(collator.features), _WINDOW * batch_size):
         order = sorted(range(len(features)), key=lambda i: -len(features[i]))
         scores = [0.0] * len(features)
         for start in range(0, len(order), batch_size):
@@ -406,44 +446,39 @@ class _Chooser(LogitsProcessor):
         self._longest = longest
         self._keys = torch.tensor(keys or [], dtype=torch.int64)
         self._stop = torch.tensor(stop, dtype=torch.int64)
-        self._sum: Tensor | None = None
-        self._count: Tensor | None = None
-        self._open: Tensor | None = None
+        self._steps: list[tuple[Tensor, Tensor]] = []  # what was chosen and its log-probability, of each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._start
-        self._keys, self._stop = self._keys.to(scores.device), self._stop.to(scores.device)
+        if self._sampling is None and step >= self._longest:
+            if self._logprobs:
+                highest, choice = scores.max(-1)
+                self._steps.append((choice, highest - scores.logsumexp(-1)))
+            return scores
         if self._sampling is None:
             choice = scores.argmax(-1)
         else:
+            self._keys = self._keys.to(scores.device)
             logits = scores / self._sampling.temperature
             if self._sampling.top_p < 1:
                 logits = _nucleus(logits, self._sampling.top_p)
             choice = (logits + gumbel(self._keys, step, scores.shape[1])).argmax(-1)
-        drawn = torch.ones_like(choice, dtype=torch.bool)
         if step < self._longest:
             forced = self._forced[:, step].to(choice.device)
-            drawn = forced < 0
-            choice = torch.where(drawn, choice, forced)
+            choice = torch.where(forced < 0, choice, forced)
         if self._logprobs:
-            self._add(scores, choice, drawn)
-        if self._sampling is None and step >= self._longest:
-            return scores
+            self._steps.append((choice, scores.gather(1, choice[:, None])[:, 0] - scores.logsumexp(-1)))
         return torch.full_like(scores, -torch.inf).scatter_(1, choice[:, None], 0.0)
 
-    def _add(self, scores: Tensor, choice: Tensor, drawn: Tensor) -> None:
-        if self._open is None:
-            self._open = torch.ones_like(choice, dtype=torch.bool)
-            self._sum = torch.zeros(choice.shape, device=choice.device)
-            self._count = torch.zeros_like(choice)
-        logprob = scores.gather(1, choice[:, None])[:, 0] - scores.logsumexp(-1)
-        self._sum += torch.where(self._open & drawn, logprob, 0.0)
-        self._count += self._open & drawn
-        self._open &= ~torch.isin(choice, self._stop)
-
     def means(self) -> list[float]:
-        assert self._sum is not None and self._count is not None
-        return (self._sum / self._count.clamp(min=1)).tolist()
+        """The mean log-probability of each row, over what was drawn up to the end of its answer."""
+        choices, logprobs = (torch.stack(column).cpu().numpy() for column in zip(*self._steps))
+        ends = np.isin(choices, self._stop.numpy())
+        counted = ends.cumsum(0) - ends == 0
+        counted[: self._longest] &= self._forced.numpy().T[: len(choices)] < 0
+        # a cumulative sum adds one after the other: a row's is the same whatever stands beside it
+        total = np.where(counted, logprobs, np.float32(0)).cumsum(0)[-1]
+        return (total / np.maximum(counted.sum(0), 1).astype(np.float32)).tolist()
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

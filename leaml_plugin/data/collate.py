@@ -2,7 +2,8 @@
 
 Covers: any ``AutoProcessor`` that has a chat template, several pictures a turn, text-only turns beside turns with
 pictures, and pictures of different sizes in one batch, whether the processor returns flattened patches, stacks or
-padded tiles. Each turn is encoded alone and the results are merged, so a turn's tensors never depend on its neighbours.
+padded tiles. Each turn is encoded as if alone and the results are merged, so a turn's tensors never depend on its
+neighbours.
 Does not cover: several exchanges in one sample, audio. Models that look at pictures by cross-attention (Mllama) change
 their logits in a batch of unequal numbers of pictures, with transformers' own collation as with this one.
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from leaml_plugin.data.images import open_image
 from leaml_plugin.data.prompts import Prompts, Turn
+from leaml_plugin.data.repeats import Repeats, Sizes, sizes_of
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import ImageRef
 
@@ -39,6 +41,7 @@ IGNORE = -100
 _TOKENIZING = threading.RLock()
 
 _MEDIA_PREFIXES = ("pixel_", "image_", "video_", "aspect_", "spatial_")
+_TOGETHER, _PIXELS = 16, 4_000_000  # turns whose pictures are processed in one call, and pixels of them, at most
 _PROBE_PROMPT, _PROBE_TARGET = "leamlprobeprompt", "leamlprobetarget"
 
 
@@ -96,6 +99,7 @@ class Collator:
                 raise LeamlError(f"{name}: the processor has no chat template; use the instruction-tuned checkpoint.")
             processor = copy.copy(processor)
             processor.chat_template = self.tokenizer.chat_template
+        self._repeats = Repeats(processor.image_processor)
         self._pictures = _PictureCache(processor.image_processor, cache_bytes) if cache_bytes > 0 else None
         if self._pictures is not None:
             processor = copy.copy(processor)
@@ -147,6 +151,38 @@ class Collator:
         self._check_length(out)
         return out
 
+    def prompt_features_each(self, turns: Sequence[Turn]) -> list[Features | LeamlError]:
+        """:meth:`prompt_features` of each turn, or its error, with less of the processor's overhead.
+
+        Pictures of equal sizes go to the image processor together, where that makes no difference
+        (:mod:`leaml_plugin.data.repeats`).
+        """
+        out: dict[int, Features | LeamlError] = {}
+        waiting: list[_Waiting] = []
+        pixels = 0
+        for n, turn in enumerate(turns):
+            try:
+                same = next((one for one in waiting if one.turn.images == turn.images), None)
+                found = self._prompt_or_pictures(turn, same)
+                if found is None:
+                    out.update(self._encode_together(waiting))
+                    waiting, pixels = [], 0
+                    found = self._prompt_or_pictures(turn)
+            except LeamlError as error:
+                out[n] = error
+                continue
+            if isinstance(found, Features):
+                out[n] = found
+                continue
+            found.number = n
+            waiting.append(found)
+            pixels += sum(width * height for width, height in found.sizes) if same is None else 0
+            if len(waiting) == _TOGETHER or pixels >= _PIXELS:
+                out.update(self._encode_together(waiting))
+                waiting, pixels = [], 0
+        out.update(self._encode_together(waiting))
+        return [self._fitting(out[n]) for n in range(len(turns))]
+
     def merge(self, features: Sequence[Features], *, side: str, labels: bool = False) -> dict[str, Tensor]:
         """Pad and join encoded turns; ``side`` is where the padding goes."""
         length = max(len(f) for f in features)
@@ -185,7 +221,7 @@ class Collator:
         prefix = self._plain(prefix.strip())
         return text + self._lead + prefix if prefix else text
 
-    def decode(self, ids: Tensor) -> str:
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Generated ids as text, without special tokens, reasoning (``<think>…</think>``) and outer white space."""
         with _TOKENIZING:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -283,27 +319,102 @@ class Collator:
         return self._tokenize(self._lead + target)
 
     def _prompt(self, turn: Turn) -> Features:
+        known = self._recall(turn)
+        if known is not None:
+            return known
+        text = self._text(turn)
+        with self._cache_locked():
+            return self._encode(turn, text, self._open(turn))
+
+    def _text(self, turn: Turn) -> str:
+        return self._render(self._plain(turn.prompt), len(turn.images), ask=True)
+
+    def _cache_locked(self) -> contextlib.AbstractContextManager[Any]:
+        return _TOKENIZING if self._pictures is not None else contextlib.nullcontext()  # the cache is no two threads'
+
+    def _recall(self, turn: Turn) -> Features | None:
+        if self._pictures is None:
+            return None
+        with _TOKENIZING:
+            return self._pictures.recall(turn)
+
+    def _encode(self, turn: Turn, text: str, pictures: list[Image.Image]) -> Features:
+        return self._remembered(turn, *self._split(self._process(text, pictures, turn.where)))
+
+    def _remembered(self, turn: Turn, sequence: dict[str, Tensor], media: dict[str, Tensor]) -> Features:
+        features = Features(turn, sequence, media, len(sequence["input_ids"]))
         if self._pictures is not None:
-            with _TOKENIZING:
-                known = self._pictures.recall(turn)
-            if known is not None:
-                return known
-        text = self._render(self._plain(turn.prompt), len(turn.images), ask=True)
-        with _TOKENIZING if self._pictures is not None else contextlib.nullcontext():  # the cache is no two threads'
-            try:
-                pictures = self._open(turn.images)
-            except LeamlError as error:
-                raise LeamlError(f"{turn.where}: {error}" if turn.source else str(error)) from error
-            sequence, media = self._split(self._process(text, pictures, turn.where))
-            features = Features(turn, sequence, media, len(sequence["input_ids"]))
-            if self._pictures is not None:
-                self._pictures.remember(features)
+            self._pictures.remember(features)
         return features
 
-    def _open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:
-        if self._pictures is None:
-            return [open_image(ref) for ref in images]
-        return self._pictures.open(images)
+    def _prompt_or_pictures(self, turn: Turn, same: _Waiting | None = None) -> Features | _Waiting | None:
+        """The prompt of ``turn``, or its pictures where they are all that is missing.
+
+        ``None`` where its pictures wait already (``same``) and the processor is to see them with another text.
+        """
+        known = self._recall(turn)
+        if known is not None:
+            return known
+        text = self._text(turn)
+        if same is not None:
+            sequence = self._repeats.sequence(text, same.sizes)
+            return None if sequence is None else replace(same, turn=turn, text=text, sequence=sequence)
+        with self._cache_locked():
+            cached = self._pictures.of(turn.images) if self._pictures is not None else None
+            pictures = self._read(turn) if cached is None else []
+            sizes = sizes_of(pictures) if cached is None else tuple(cached.sizes)
+            sequence = self._repeats.sequence(text, sizes)
+            if sequence is None and cached is not None:
+                return self._encode(turn, text, self._open(turn))
+            if sequence is None:
+                if self._pictures is not None:
+                    self._pictures.expect(turn.images)
+                features = self._encode(turn, text, pictures)
+                self._repeats.learn(text, pictures, features.sequence, features.media)
+                return features
+            if cached is None and pictures:
+                return _Waiting(turn, text, pictures, sizes, sequence)
+            media = self._repeats.media(sizes, cached.result) if cached is not None else {}
+            return self._remembered(turn, sequence, media)
+
+    def _encode_together(self, waiting: Sequence[_Waiting]) -> dict[int, Features | LeamlError]:
+        groups: dict[Sizes, dict[tuple[ImageRef, ...], list[_Waiting]]] = {}
+        for one in waiting:
+            groups.setdefault(one.sizes, {}).setdefault(one.turn.images, []).append(one)
+        out: dict[int, Features | LeamlError] = {}
+        for group in groups.values():
+            outputs = self._repeats.together([some[0].pictures for some in group.values()])
+            for some, output in zip(group.values(), outputs or [None] * len(group)):
+                for one in some:
+                    try:
+                        out[one.number] = self._with_pictures(one, output)
+                    except LeamlError as error:
+                        out[one.number] = error
+        return out
+
+    def _with_pictures(self, one: _Waiting, output: Any) -> Features:
+        with self._cache_locked():
+            if output is None:
+                if self._pictures is not None:
+                    self._pictures.expect(one.turn.images)
+                return self._encode(one.turn, one.text, one.pictures)
+            if self._pictures is not None:
+                output = self._pictures.put(one.turn.images, one.sizes, output)
+            return self._remembered(one.turn, one.sequence, self._repeats.media(one.sizes, output))
+
+    def _open(self, turn: Turn) -> list[Image.Image]:
+        """The pictures for the next call of the processor: the real ones, or blanks where the result is known."""
+        blanks = None
+        if self._pictures is not None:
+            self._pictures.expect(turn.images)
+            blanks = self._pictures.blanks(turn.images)
+        return self._read(turn) if blanks is None else blanks
+
+    def _read(self, turn: Turn) -> list[Image.Image]:
+        try:
+            return [open_image(ref) for ref in turn.images]
+        except LeamlError as error:
+            raise LeamlError(f"{turn.where}: {error}" if turn.source else str(error)) from error
 
     def _process(self, text: str, pictures: list[Image.Image], where: str) -> dict[str, Tensor]:
         # as apply_chat_template(tokenize=True) does: no second beginning-of-sequence token
@@ -331,6 +442,14 @@ class Collator:
             else:
                 media[key] = value
         return sequence, media
+
+    def _fitting(self, features: Features | LeamlError) -> Features | LeamlError:
+        try:
+            if isinstance(features, Features):
+                self._check_length(features)
+        except LeamlError as error:
+            return error
+        return features
 
     def _check_length(self, features: Features) -> None:
         if self.max_length is None or len(features) <= self.max_length:
@@ -372,6 +491,18 @@ class Collator:
 
 
 @dataclass
+class _Waiting:
+    """A turn whose tokens are known and whose pictures are opened."""
+
+    turn: Turn
+    text: str
+    pictures: list[Image.Image]
+    sizes: Sizes
+    sequence: dict[str, Tensor]
+    number: int = -1
+
+
+@dataclass
 class _Cached:
     """What is known of one tuple of pictures: their sizes, what the image processor made, the prompts about them."""
 
@@ -397,12 +528,30 @@ class _PictureCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def open(self, images: tuple[ImageRef, ...]) -> list[Image.Image]:
-        """The pictures for the next call: the real ones, or blanks where the result is known."""
+    def expect(self, images: tuple[ImageRef, ...]) -> None:
+        """The next call is for these pictures."""
         self._key = images or None
+
+    def blanks(self, images: tuple[ImageRef, ...]) -> list[Image.Image] | None:
+        """Pictures of the same sizes, where the result is known."""
+        known = self._entries.get(images)
+        return None if known is None else [Image.new("RGB", size) for size in known.sizes]
+
+    def of(self, images: tuple[ImageRef, ...]) -> _Cached | None:
+        """What is known of these pictures."""
         if images in self._entries:
-            return [Image.new("RGB", size) for size in self._entries[images].sizes]
-        return [open_image(ref) for ref in images]
+            self._entries.move_to_end(images)
+        return self._entries.get(images)
+
+    def put(self, images: tuple[ImageRef, ...], sizes: Sizes, output: Any) -> Any:
+        """Keep what the image processor made of these pictures among others; returns it."""
+        known = self.of(images)
+        if known is not None:
+            return known.result
+        # a part of a batch's tensor would keep all of it alive
+        output = type(output)(data={k: v.clone() if isinstance(v, Tensor) else v for k, v in output.items()})
+        self._store(images, list(sizes), output)
+        return output
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         key, self._key = self._key, None
@@ -411,11 +560,14 @@ class _PictureCache:
             return _shallow(self._entries[key].result)
         result = self._inner(images, *args, **kwargs)
         if key is not None:
-            nbytes = sum(v.nbytes for v in result.values() if isinstance(v, Tensor))
-            if nbytes <= self._limit:
-                self._entries[key] = _Cached([p.size for p in _flat(images)], _shallow(result), nbytes)
-                self._grow(nbytes)
+            self._store(key, [p.size for p in _flat(images)], result)
         return result
+
+    def _store(self, images: tuple[ImageRef, ...], sizes: list[tuple[int, int]], result: Any) -> None:
+        nbytes = sum(v.nbytes for v in result.values() if isinstance(v, Tensor))
+        if nbytes <= self._limit and images not in self._entries:
+            self._entries[images] = _Cached(sizes, _shallow(result), nbytes)
+            self._grow(nbytes)
 
     def recall(self, turn: Turn) -> Features | None:
         entry = self._entries.get(turn.images)

@@ -149,6 +149,69 @@ def test_the_cache_changes_nothing_and_keeps_to_its_limit(loaded, collator, turn
     assert type(loaded.processor.image_processor).__name__ != "_PictureCache"  # the caller's processor is untouched
 
 
+def same(a, b):
+    """Whether two features are equal to the last bit."""
+    pairs = [(a.sequence, b.sequence), (a.media, b.media)]
+    return (a.turn, a.prompt_length) == (b.turn, b.prompt_length) and all(
+        x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x) for x, y in pairs
+    )
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 24, 20_000])
+def test_prompts_that_are_encoded_together_are_those_encoded_alone(
+    loaded, collator, tmp_path, cache_bytes, monkeypatch
+):
+    """Pictures of equal and of other sizes, several questions about one, clips, text alone: in any order the same."""
+    generator = torch.Generator().manual_seed(0)
+    turns = []
+    for n in range(40):
+        size = ((40, 30), (40, 30), (64, 64))[n % 3]
+        path = tmp_path / f"{n}.png"
+        noise = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(path)
+        refs = (ImageRef(str(path)),) if n % 5 else (ImageRef(str(path)),) * 2
+        turns.append(Turn(f"{n}", refs, ("What is it?", "Where is the small one?", f"Is it {n}?")[n // 2 % 3]))
+        if n % 4 == 0:
+            turns += [Turn(f"{n}b", refs, "Where is the small one?"), Turn(f"{n}c", (), "What is it?")]
+    want = {turn.id: collator.prompt_features(turn) for turn in turns}
+    calls = []
+    real = type(loaded.processor).__call__
+    monkeypatch.setattr(type(loaded.processor), "__call__", lambda *a, **k: calls.append(1) or real(*a, **k))
+    many = Collator(loaded.processor, cache_bytes=cache_bytes)
+    calls.clear()
+    for some in (turns, turns[::-1], turns[::3] + turns[1::3]):
+        assert all(same(got, want[got.turn.id]) for got in many.prompt_features_each(some))
+        assert [got.turn.id for got in many.prompt_features_each(some)] == [turn.id for turn in some]
+    assert 0 < len(calls) < 6 * len(turns) / 2  # most need no call of the processor
+
+
+def test_a_processor_that_looks_at_its_batch_is_asked_one_by_one(loaded, collator, pictures, monkeypatch):
+    """Nothing of a batch is used where its parts differ from what is made of a turn alone."""
+    turns = [Turn(str(n), (ImageRef(str(pictures[0])),), f"Question {n % 2}?") for n in range(8)]
+    want = [collator.prompt_features(turn) for turn in turns]
+    many = Collator(loaded.processor)
+    real = many._repeats._process
+
+    def with_neighbours(images, **options):
+        out = real(images, **options)
+        out["pixel_values"] = out["pixel_values"] + (len(images) > 1)
+        return out
+
+    monkeypatch.setattr(many._repeats, "_process", with_neighbours)
+    assert all(same(a, b) for a, b in zip(many.prompt_features_each(turns), want))
+
+
+def test_errors_stand_where_their_turns_stood(collator, pictures, tmp_path):
+    good = [Turn(str(n), (ImageRef(str(pictures[0])),), "What is it?") for n in range(4)]
+    bad = Turn("bad", (ImageRef(str(tmp_path / "none.png")),), "What is it?", source="list.jsonl line 7")
+    for _ in range(2):
+        out = collator.prompt_features_each([*good[:2], bad, *good[2:]])
+        assert [isinstance(one, LeamlError) for one in out] == [False, False, True, False, False]
+        assert "list.jsonl line 7" in str(out[2])
+    short = Collator(collator.processor, max_length=3)
+    assert all("do not fit the limit of 3" in str(error) for error in short.prompt_features_each(good))
+
+
 def test_control_tokens_in_data_are_only_text(loaded, collator, turns):
     evil = END_OF_TURN[loaded.path.rpartition("/")[2]]
     image = loaded.processor.image_token
