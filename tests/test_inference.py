@@ -215,6 +215,31 @@ def test_the_models_mode_is_restored(loaded, collator, turns):
     loaded.model.eval()
 
 
+def test_what_a_model_keeps_of_generation_can_be_trained_with(loaded, collator, turns):
+    """Generation runs in inference mode, whose tensors autograd refuses; none stays behind, in lists neither."""
+    module = torch.nn.Linear(2, 2)
+    hook = module.register_forward_hook(lambda m, args, out: m.__dict__.update(kept=out, table=[(out, 1)]))
+
+    def also(*_):
+        assert torch.is_inference_mode_enabled()
+        module(torch.ones(1, 2))
+
+    hook2 = loaded.model.register_forward_hook(also)
+    loaded.model.add_module("extra", module)
+    try:
+        texts(loaded, turns[:2], collator)
+        hook2.remove()
+        assert not module.kept.is_inference() and not module.table[0][0].is_inference()
+        weight = torch.ones(2, requires_grad=True)
+        (weight * module.kept * module.table[0][0]).sum().backward()
+        loaded.model(**collator.encode(dataclasses.replace(turns[0], target="yes"))).loss.backward()
+    finally:
+        hook.remove()
+        hook2.remove()  # again, where generation failed
+        del loaded.model.extra
+        loaded.model.zero_grad(set_to_none=True)
+
+
 def test_impossible_settings_are_one_sentence(loaded, collator, turns):
     with pytest.raises(LeamlError, match="batch_size is 0"):
         generate(loaded, turns, collator=collator, batch_size=0)
