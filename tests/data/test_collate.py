@@ -185,9 +185,12 @@ def test_prompts_that_are_encoded_together_are_those_encoded_alone(
     assert 0 < len(calls) < 6 * len(turns) / 2  # most need no call of the processor
 
 
-def test_a_processor_that_looks_at_its_batch_is_asked_one_by_one(loaded, collator, pictures, monkeypatch):
+def test_a_processor_that_looks_at_its_batch_is_asked_one_by_one(loaded, collator, tmp_path, monkeypatch):
     """Nothing of a batch is used where its parts differ from what is made of a turn alone."""
-    turns = [Turn(str(n), (ImageRef(str(pictures[0])),), f"Question {n % 2}?") for n in range(8)]
+    paths = [tmp_path / f"{n}.png" for n in range(8)]
+    for n, path in enumerate(paths):
+        Image.new("RGB", (48, 32), (30 * n, 90, 60)).save(path)
+    turns = [Turn(path.stem, (ImageRef(str(path)),), f"Question {n % 2}?") for n, path in enumerate(paths)]
     want = [collator.prompt_features(turn) for turn in turns]
     many = Collator(loaded.processor)
     real = many._repeats._process
