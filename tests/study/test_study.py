@@ -328,7 +328,7 @@ def test_a_setting_added_later_leaves_older_results_comparable():
     """The hashes that result files of the first protocol have, which knew neither caption check nor target mix."""
     first = {"leaml": (3e-3, "73855571b0"), "lora": (3e-3, "d1210abf0e"), "joint": (1e-3, "b2c83c74b5")}
     for method, (rate, setting) in first.items():
-        config = resolve(Protocol(), method, 0, rate, 3e-3)
+        config = resolve(Protocol(mode="lora"), method, 0, rate, 3e-3)
         assert identity("", "", method, 0.01, 0, config)["setting"] == setting
     changed = resolve(dataclasses.replace(Protocol(), mix="labels", caption=True), "leaml", 0, None, None)["stages"]
     assert changed["generate"]["mix"] == "labels" and changed["filter"]["caption"] and changed["verify"]["caption"]
@@ -349,7 +349,9 @@ def test_a_second_round_starts_from_the_first_vqa_model(study, monkeypatch):
     monkeypatch.setattr(
         type(study), "_answer", lambda self, t, questions: tuned.append(t) or answer(self, t, questions)
     )
+    study._pairs.clear()
     one = study.run("endoscopy", "leaml", 0.25, 0)
+    study._pairs.clear()
     monkeypatch.setattr(study, "protocol", dataclasses.replace(study.protocol, rounds=2))
     two = study.run("endoscopy", "leaml", 0.25, 0)
     assert one["setting"] != two["setting"] and two["pseudo"]["before"] == [one["pseudo"]["accuracy"]]
