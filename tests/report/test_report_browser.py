@@ -171,7 +171,8 @@ def test_text_has_contrast(page, dark):
 def test_numbers_on_the_heat_map_can_be_read(page, dark):
     page.resize(1200, dark=dark)
     script = """
-      const context = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d', {willReadFrequently: true});
+      const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1});
+      const context = canvas.getContext('2d', {willReadFrequently: true});
       const lum = (c) => {
         context.fillStyle = c;
         context.fillRect(0, 0, 1, 1);
