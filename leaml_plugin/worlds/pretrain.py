@@ -22,6 +22,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -476,12 +477,16 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _command() -> int:
+def command(
+    prog: str,
+    description: str,
+    epilog: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    main: Callable[[argparse.Namespace], int],
+) -> int:
+    """A recipe run as a module: its exit code, bad input told in one sentence."""
     parser = argparse.ArgumentParser(
-        prog="python -m leaml_plugin.worlds.pretrain",
-        description="Pre-train the embedded tiny Qwen2.5-VL on the general world. Kill it and start it again at will.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
     try:
@@ -492,4 +497,5 @@ def _command() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(_command())
+    told = "Pre-train the embedded tiny Qwen2.5-VL on the general world. Kill it and start it again at will."
+    raise SystemExit(command("python -m leaml_plugin.worlds.pretrain", told, EXAMPLES, add_arguments, main))

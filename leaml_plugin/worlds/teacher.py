@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import time
 import zlib
 from collections import Counter
@@ -570,21 +569,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _command() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m leaml_plugin.worlds.teacher",
-        description="Grow the larger teacher from the shipped checkpoint and caption the study's pictures with it. "
-        "Kill it and start it again at will.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    try:
-        return main(parser.parse_args())
-    except LeamlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
 if __name__ == "__main__":
-    raise SystemExit(_command())
+    from leaml_plugin.worlds.pretrain import command
+
+    told = (
+        "Grow the larger teacher from the shipped checkpoint and caption the study's pictures with it. "
+        "Kill it and start it again at will."
+    )
+    raise SystemExit(command("python -m leaml_plugin.worlds.teacher", told, EXAMPLES, add_arguments, main))
