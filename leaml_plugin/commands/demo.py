@@ -80,7 +80,7 @@ def methods(config: DemoConfig) -> dict[str, dict[str, Any] | None]:
     The baselines see the same labels for the same number of steps. All have the learning rates and settings that did
     best on the garden world, on which no result is reported (docs/study.md).
     """
-    train = {"steps": config.steps, "batch_size": 16, "seed": config.seed}
+    train = {"steps": config.steps, "batch_size": 32, "seed": config.seed}
     return {
         "zero-shot": None,
         "full fine-tuning": {
