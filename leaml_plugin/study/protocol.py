@@ -178,18 +178,19 @@ LEARNING_RATES: Mapping[str, float] = {
     "random-neurons": 3e-3,
     "leaml": 3e-3,
     "leaml-lora": 3e-3,
-    "leaml-rounds": 3e-3,
-    "right-pairs": 3e-3,
-    "right-answers": 3e-3,
-    "right-questions": 3e-3,
     "all-labels": 1e-3,
 }
 DEFAULT_RATE = 1e-3
 #: The tuned rates of VQA models that are trained with pseudo-QA, by what they train.
 VQA_RATES: Mapping[str, float] = {"full": 1e-3, "lora": 3e-3, "selected": 1e-3}
-#: Methods that keep the rate of another one: training longer is a control of it, another teacher changes its data only.
+#: Methods that keep the rate of another one: training longer or again is a control of it, another teacher or the truth
+#: changes its data only.
 RATE_OF: Mapping[str, str] = {
     "full-longer": "full",
+    "leaml-rounds": "leaml",
+    "right-pairs": "leaml",
+    "right-answers": "leaml",
+    "right-questions": "leaml",
     "leaml-model-teacher": "leaml",
     "joint-model-teacher": "joint",
 }

@@ -181,9 +181,13 @@ class World:
         For multiple choice the answer is right if it is the option with the true text, or 'None of the above' where no
         option has that.
         """
+        options, truth = self._asked(pair)
+        return None if truth is None else _right(pair.answer, options, truth[1])
+
+    def _asked(self, pair: PseudoQA) -> tuple[dict[str, str], tuple[str, str] | None]:
+        """The options of a pair's question; and its template and true text, where the world asks it of that picture."""
         question, options = split_options(pair.question)
-        found = self._truth.get((pair.picture_id, normalise_question(question)))
-        return None if found is None else _right(pair.answer, options, found[1])
+        return options, self._truth.get((pair.picture_id, normalise_question(question)))
 
     def told(self, what: str, pairs: Sequence[PseudoQA], pictures: Sequence[Picture]) -> list[QA]:
         """What a method with the truth at hand learns from in place of ``pairs`` about ``pictures``.
@@ -198,12 +202,11 @@ class World:
             return [qa for picture in pictures for qa in self._qas[picture.id]]
         out = []
         for pair in pairs:
-            question, options = split_options(pair.question)
-            found = self._truth.get((pair.picture_id, normalise_question(question)))
-            if found is None:
+            options, truth = self._asked(pair)
+            if truth is None:
                 continue
             offered = list(options.values())
-            answer = found[1] if not options or found[1] in offered else NONE_OF_THE_ABOVE
+            answer = truth[1] if not options or truth[1] in offered else NONE_OF_THE_ABOVE
             if not options or answer in offered:
                 out.append(replace(pair, answer=answer).as_qa())
         return out
@@ -212,10 +215,9 @@ class World:
         """How many pseudo-answers are right, among the pairs whose question the world asks of that picture too."""
         hits: dict[str, list[bool]] = defaultdict(list)
         for pair in pairs:
-            right = self.right(pair)
-            if right is not None:
-                question = normalise_question(split_options(pair.question)[0])
-                hits[self._truth[pair.picture_id, question][0]].append(right)
+            options, truth = self._asked(pair)
+            if truth is not None:
+                hits[truth[0]].append(_right(pair.answer, options, truth[1]))
         everything = [hit for some in hits.values() for hit in some]
         return {
             "pairs": len(pairs),
