@@ -391,32 +391,43 @@ LEAML_CLONES void step_clones(float* __restrict w, const float* __restrict g, fl
   }
 }
 
-template <bool Stochastic, class W, class G>
-LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __restrict m, float* __restrict v, int32_t n,
-                            float unscale, float factor, const Hyper& h, const RowCoefficients& c, const Ahead& next,
-                            uint32_t key) {
-  constexpr int32_t chunk = 64, distance = 512;
-  const int32_t lead = n < distance ? n : distance;
-  for (int32_t begin = 0; begin < n; begin += chunk) {
-    // What is needed `distance` elements later, in this row or the next, which lies far away in memory: no hardware
-    // prefetcher finds it. A few lines at a time: a burst would stall on the processor's line buffers.
-    const bool own = begin + lead < n;
-    const int32_t at = own ? begin + lead : begin + lead - n;
-    const W* ahead_w = own ? w : reinterpret_cast<const W*>(next.w);
-    const G* ahead_g = own ? g : reinterpret_cast<const G*>(next.g);
-    const float *ahead_m = own ? m : next.m, *ahead_v = own ? v : next.v;
-    if (ahead_w) {
-      for (int32_t i = 0; i < chunk; i += 64 / int32_t(sizeof(W))) __builtin_prefetch(ahead_w + at + i);
-      for (int32_t i = 0; i < chunk; i += 64 / int32_t(sizeof(G))) __builtin_prefetch(ahead_g + at + i);
-    }
-    for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_m + at + i);
-    for (int32_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead_v + at + i);
-    const int32_t end = begin + chunk < n ? begin + chunk : n;
+constexpr int32_t kChunk = 64, kDistance = 512;  // elements stepped at once, and how far ahead is fetched
+
+// Fetches what is needed kDistance elements after `begin`, in this row or the next, which lies far away in memory: no
+// hardware prefetcher finds it. A chunk at a time: a burst would stall on the processor's line buffers.
+template <class W, class G>
+LEAML_HD void prefetch_ahead(const W* w, const G* g, const float* m, const float* v, const float* master, int32_t begin,
+                             int32_t n, const Ahead& next) {
+  const int32_t lead = n < kDistance ? n : kDistance;
+  const bool own = begin + lead < n;
+  const int32_t at = own ? begin + lead : begin + lead - n;
+  const W* ahead_w = own ? w : reinterpret_cast<const W*>(next.w);
+  const G* ahead_g = own ? g : reinterpret_cast<const G*>(next.g);
+  // a row's state and master are followed by the next row's
+  const int64_t flat = int64_t(begin) + lead;
+  if (ahead_w) {
+    for (int32_t i = 0; i < kChunk; i += 64 / int32_t(sizeof(W))) __builtin_prefetch(ahead_w + at + i);
+    for (int32_t i = 0; i < kChunk; i += 64 / int32_t(sizeof(G))) __builtin_prefetch(ahead_g + at + i);
+  }
+  for (int32_t i = 0; i < kChunk; i += 16) __builtin_prefetch(m + flat + i);
+  for (int32_t i = 0; i < kChunk; i += 16) __builtin_prefetch(v + flat + i);
+  if (master)
+    for (int32_t i = 0; i < kChunk; i += 16) __builtin_prefetch(master + flat + i);
+}
+
+template <Keep keep, class W, class G>
+LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __restrict m, float* __restrict v,
+                            float* __restrict master, int32_t n, float unscale, float factor, const Hyper& h,
+                            const RowCoefficients& c, const Ahead& next, uint32_t key) {
+  for (int32_t begin = 0; begin < n; begin += kChunk) {
+    prefetch_ahead(w, g, m, v, keep == Keep::master ? master : nullptr, begin, n, next);
+    const int32_t end = begin + kChunk < n ? begin + kChunk : n;
 #pragma omp simd
     for (int32_t i = begin; i < end; ++i) {
-      float value = to_float(w[i]);
+      float value = keep == Keep::master ? master[i] : to_float(w[i]);
       adamw_element(value, (to_float(g[i]) * unscale) * factor, m[i], v[i], h, c);
-      if constexpr (Stochastic)
+      if constexpr (keep == Keep::master) master[i] = value;
+      if constexpr (keep == Keep::stochastic)
         round_stochastically(value, random_bits(key, uint32_t(i), kWeightStream), w[i]);
       else
         from_float(value, w[i]);
@@ -424,19 +435,107 @@ LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __res
   }
 }
 
-#define LEAML_STEP_ROW(name, W, G, stochastic) \
-  LEAML_CLONES void name(void* w, const void* g, float* m, float* v, int32_t n, float unscale, float factor, \
-                         const Hyper* hyper, const RowCoefficients* row, const Ahead* next, uint32_t key) { \
+#define LEAML_STEP_ARGUMENTS \
+  void *w, const void *g, float *m, float *v, float *master, int32_t n, float unscale, float factor, const Hyper *hyper, \
+      const RowCoefficients *row, const Ahead *next, uint32_t key
+#define LEAML_STEP_ROW(name, W, G, keep) \
+  LEAML_CLONES void name(LEAML_STEP_ARGUMENTS) { \
     const Hyper h = *hyper; \
     const RowCoefficients c = *row; \
     const Ahead a = *next; \
-    step_row_body<stochastic>(static_cast<W*>(w), static_cast<const G*>(g), m, v, n, unscale, factor, h, c, a, key); \
+    step_row_body<keep>(static_cast<W*>(w), static_cast<const G*>(g), m, v, master, n, unscale, factor, h, c, a, key); \
   }
-LEAML_STEP_ROW(step_f32_f32, float, float, false)
-LEAML_STEP_ROW(step_bf16_bf16, bf16, bf16, false)
-LEAML_STEP_ROW(step_bf16_bf16_stochastic, bf16, bf16, true)
-LEAML_STEP_ROW(step_bf16_f32, bf16, float, false)
-LEAML_STEP_ROW(step_bf16_f32_stochastic, bf16, float, true)
+LEAML_STEP_ROW(step_f32_f32, float, float, Keep::nearest)
+LEAML_STEP_ROW(step_bf16_bf16, bf16, bf16, Keep::nearest)
+LEAML_STEP_ROW(step_bf16_bf16_stochastic, bf16, bf16, Keep::stochastic)
+LEAML_STEP_ROW(step_bf16_bf16_master, bf16, bf16, Keep::master)
+LEAML_STEP_ROW(step_bf16_f32, bf16, float, Keep::nearest)
+LEAML_STEP_ROW(step_bf16_f32_stochastic, bf16, float, Keep::stochastic)
+LEAML_STEP_ROW(step_bf16_f32_master, bf16, float, Keep::master)
+
+#if defined(LEAML_DISPATCH)
+// fp16 in hardware: a compiler does not turn to_float(fp16) into the instruction. Width is that of F.
+LEAML_V3 LEAML_HD void widen(const fp16* p, __m256& out) {
+  out = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LEAML_V4 LEAML_HD void widen(const fp16* p, __m512& out) {
+  out = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// NaN becomes the one that from_float makes.
+LEAML_V3 LEAML_HD void narrow(const __m256& x, fp16* p) {
+  const __m256 canonical = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  const __m256 y = _mm256_blendv_ps(x, canonical, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+}
+LEAML_V4 LEAML_HD void narrow(const __m512& x, fp16* p) {
+  const __m512 canonical = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+  const __m512 y = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x, canonical);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+}
+LEAML_V3 LEAML_HD void root(const __m256& x, __m256& out) { out = _mm256_sqrt_ps(x); }
+LEAML_V4 LEAML_HD void root(const __m512& x, __m512& out) { out = _mm512_sqrt_ps(x); }
+LEAML_V3 LEAML_HD void widen(const float* p, __m256& out) { out = _mm256_loadu_ps(p); }
+LEAML_V4 LEAML_HD void widen(const float* p, __m512& out) { out = _mm512_loadu_ps(p); }
+
+#define LEAML_STEP_F16(name, target, F) \
+  template <Keep keep, class G> \
+  target void name(LEAML_STEP_ARGUMENTS) { \
+    const Hyper h = *hyper; \
+    const RowCoefficients c = *row; \
+    const Ahead ahead = *next; \
+    fp16* weights = static_cast<fp16*>(w); \
+    const G* grads = static_cast<const G*>(g); \
+    constexpr int32_t width = sizeof(F) / 4; \
+    for (int32_t begin = 0; begin < n; begin += kChunk) { \
+      prefetch_ahead(weights, grads, m, v, keep == Keep::master ? master : nullptr, begin, n, ahead); \
+      const int32_t end = begin + kChunk < n ? begin + kChunk : n; \
+      float values[kChunk]; \
+      int32_t i = begin; \
+      for (; i + width <= end; i += width) { \
+        F value, grad, mean, square, deviation; \
+        if constexpr (keep == Keep::master) \
+          widen(master + i, value); \
+        else \
+          widen(weights + i, value); \
+        widen(grads + i, grad), widen(m + i, mean), widen(v + i, square); \
+        grad = (grad * unscale) * factor; \
+        adamw_moments(grad, mean, square, h); \
+        root(square, deviation); \
+        adamw_weight(value, mean, deviation, h, c); \
+        memcpy(m + i, &mean, sizeof(F)), memcpy(v + i, &square, sizeof(F)); \
+        if constexpr (keep == Keep::master) memcpy(master + i, &value, sizeof(F)); \
+        if constexpr (keep == Keep::stochastic) \
+          memcpy(values + (i - begin), &value, sizeof(F)); \
+        else \
+          narrow(value, weights + i); \
+      } \
+      if constexpr (keep == Keep::stochastic) \
+        stochastic_body(values, i - begin, weights + begin, 1, key, uint32_t(begin)); \
+      for (; i < end; ++i) { \
+        float value = keep == Keep::master ? master[i] : to_float(weights[i]); \
+        adamw_element(value, (to_float(grads[i]) * unscale) * factor, m[i], v[i], h, c); \
+        if constexpr (keep == Keep::master) master[i] = value; \
+        if constexpr (keep == Keep::stochastic) \
+          round_stochastically(value, random_bits(key, uint32_t(i), kWeightStream), weights[i]); \
+        else \
+          from_float(value, weights[i]); \
+      } \
+    } \
+  }
+LEAML_STEP_F16(step_f16_v3, LEAML_V3, __m256)
+LEAML_STEP_F16(step_f16_v4, LEAML_V4, __m512)
+
+template <class G>
+StepRow step_f16(Keep keep) {
+  if (level() == 4)
+    return keep == Keep::master       ? step_f16_v4<Keep::master, G>
+           : keep == Keep::stochastic ? step_f16_v4<Keep::stochastic, G>
+                                      : step_f16_v4<Keep::nearest, G>;
+  return keep == Keep::master       ? step_f16_v3<Keep::master, G>
+         : keep == Keep::stochastic ? step_f16_v3<Keep::stochastic, G>
+                                    : step_f16_v3<Keep::nearest, G>;
+}
+#endif
 
 LEAML_CLONES void decode_clones(const uint8_t* __restrict code, float scale, int64_t n, bool is_signed,
                                 float* __restrict out) {
@@ -529,12 +628,18 @@ void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale
   step_clones(w, g, m, v, n, unscale, factor, &h, &c, ahead);
 }
 
-void step_row(void* w, Type wt, const void* g, Type gt, float* m, float* v, int64_t n, float unscale, float factor,
-              const Hyper& h, const RowCoefficients& c, const Ahead& next, bool stochastic, uint32_t key) {
-  const auto run = wt == Type::f32   ? step_f32_f32
-                   : gt == Type::f32 ? (stochastic ? step_bf16_f32_stochastic : step_bf16_f32)
-                                     : (stochastic ? step_bf16_bf16_stochastic : step_bf16_bf16);
-  run(w, g, m, v, int32_t(n), unscale, factor, &h, &c, &next, key);
+StepRow step_row(Type wt, Type gt, Keep keep) {
+  if (wt == Type::f32) return gt == Type::f32 && keep != Keep::master ? step_f32_f32 : nullptr;
+  if (gt != wt && gt != Type::f32) return nullptr;
+  if (wt == Type::bf16) {
+    if (keep == Keep::master) return gt == wt ? step_bf16_bf16_master : step_bf16_f32_master;
+    if (keep == Keep::stochastic) return gt == wt ? step_bf16_bf16_stochastic : step_bf16_f32_stochastic;
+    return gt == wt ? step_bf16_bf16 : step_bf16_f32;
+  }
+#if defined(LEAML_DISPATCH)
+  if (level() >= 3) return gt == wt ? step_f16<fp16>(keep) : step_f16<float>(keep);
+#endif
+  return nullptr;
 }
 
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out) {

@@ -41,11 +41,16 @@ struct Ahead {
 void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale, float factor, const Hyper& h,
           const RowCoefficients& c, const Ahead& ahead);
 
-// One AdamW step of a whole contiguous row in place, fp32 or bf16 weights and gradients with fp32 state: nothing passes
-// through buffers. `next` is the row to come (null: not far) with its state, which follows this row's. `key` seeds
-// stochastic rounding.
-void step_row(void* w, Type wt, const void* g, Type gt, float* m, float* v, int64_t n, float unscale, float factor,
-              const Hyper& h, const RowCoefficients& c, const Ahead& next, bool stochastic, uint32_t key);
+// How a half-precision weight keeps what a step adds to it: rounded to nearest, stochastically, or in an fp32 master.
+enum class Keep : int { nearest = 0, stochastic = 1, master = 2 };
+
+// One AdamW step of a whole contiguous row in place, with fp32 state: nothing passes through buffers. `master` is the row
+// of fp32 masters (null but for Keep::master), `next` the row to come (null: not far) with its state, which follows this
+// row's. `key` seeds stochastic rounding.
+using StepRow = void (*)(void* w, const void* g, float* m, float* v, float* master, int32_t n, float unscale, float factor,
+                         const Hyper* h, const RowCoefficients* c, const Ahead* next, uint32_t key);
+// The function for these types; null where there is none on this processor.
+StepRow step_row(Type wt, Type gt, Keep keep);
 
 // 8-bit states of n <= kTile elements whose first one starts a block; `column` is its position in the row.
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out);

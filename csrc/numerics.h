@@ -231,11 +231,22 @@ LEAML_HD RowCoefficients row_coefficients(const Hyper& h, double lr, float step)
   return c;
 }
 
-LEAML_HD void adamw_element(float& w, float g, float& m, float& v, const Hyper& h, const RowCoefficients& c) {
-  w = w * c.decay;
+// In two halves, so that whole vectors (T) take the same arithmetic: only their square root is another instruction.
+template <class T>
+LEAML_HD void adamw_moments(const T& g, T& m, T& v, const Hyper& h) {
   m = m + (g - m) * h.rest1;
   v = v * h.beta2 + (g * g) * h.rest2;
-  w = w - c.step_size * (m / (sqrtf(v) / c.root2 + h.eps));
+}
+
+template <class T>
+LEAML_HD void adamw_weight(T& w, const T& m, const T& root_v, const Hyper& h, const RowCoefficients& c) {
+  w = w * c.decay;
+  w = w - c.step_size * (m / (root_v / c.root2 + h.eps));
+}
+
+LEAML_HD void adamw_element(float& w, float g, float& m, float& v, const Hyper& h, const RowCoefficients& c) {
+  adamw_moments(g, m, v, h);
+  adamw_weight(w, m, sqrtf(v), h, c);
 }
 
 // --- relevance -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ namespace {
 
 constexpr int64_t kItemElements = 1 << 15;  // of a work item: some tens of microseconds
 constexpr int64_t kThreadElements = 1 << 17;
+// Weight and gradient of an item of the fusion: they must still be in the caches when the selected rows take their step,
+// and each change between the two costs the streams that the processor had begun to follow.
+constexpr int64_t kFusedBytes = 2 << 20;
 constexpr int64_t kStrip = 512;             // columns summed at once; three accumulators of it stay in L1
 constexpr int64_t kStripRows = 64;          // rows summed before the partial sums join the total
 
@@ -191,8 +194,10 @@ void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call
   const char* g_row = u.g.data + source * u.g.row_stride * gb;
   const bool direct = u.w.dtype == Dtype::f32 && u.w.col_stride == 1 && !u.master;
   const bool fits = u.w.col_stride == 1 && u.g.col_stride == 1;
-  const bool whole = fits && !u.master && !eight_bit && u.w.dtype != Dtype::f16 && u.g.dtype != Dtype::f16 &&
-                     (u.w.dtype != Dtype::f32 || u.g.dtype == Dtype::f32) && u.width < INT32_MAX;
+  const cpu::Keep keep = u.master ? cpu::Keep::master : stochastic ? cpu::Keep::stochastic : cpu::Keep::nearest;
+  const cpu::StepRow whole = fits && !eight_bit && u.width < INT32_MAX - cpu::kTile
+                                 ? cpu::step_row(kernel_type(u.w.dtype), kernel_type(u.g.dtype), keep)
+                                 : nullptr;
   // the next selected row is far away in memory: no hardware prefetcher finds it
   const char* next_w = nullptr;
   const char* next_g = nullptr;
@@ -201,10 +206,10 @@ void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call
     next_g = u.g.data + (u.compact ? j + 1 : u.rows[j + 1]) * u.g.row_stride * gb;
   }
   if (whole) {
-    float *m = static_cast<float*>(u.m) + j * u.width, *v = static_cast<float*>(u.v) + j * u.width;
-    const cpu::Ahead next{next_w, next_g, wb, gb, m + u.width, v + u.width};
-    cpu::step_row(w_row, kernel_type(u.w.dtype), g_row, kernel_type(u.g.dtype), m, v, u.width, call.unscale, call.factor,
-                  call.hyper, c, next, stochastic, key);
+    const cpu::Ahead next{next_w, next_g};
+    const int64_t at = j * u.width;
+    whole(w_row, g_row, static_cast<float*>(u.m) + at, static_cast<float*>(u.v) + at, u.master ? u.master + at : nullptr,
+          int32_t(u.width), call.unscale, call.factor, &call.hyper, &c, &next, key);
     u.step[j] = t;
     return;
   }
@@ -311,7 +316,8 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
     parts.push_back({u.w, u.g, 0, int(i)});
     sums[i].resize(size_t(u.w.rows));
     elements += u.w.rows * u.width;
-    const int64_t chunk = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, u.width));
+    const int64_t row_bytes = u.width * (bytes(u.w.dtype) + bytes(u.g.dtype));
+    const int64_t chunk = std::max<int64_t>(1, kFusedBytes / std::max<int64_t>(1, row_bytes));
     for (int64_t b = 0; b < u.w.rows; b += chunk) items.push_back({i, b, std::min(u.w.rows, b + chunk)});
   }
   for_items(int64_t(items.size()), elements, [&](int64_t index) {
