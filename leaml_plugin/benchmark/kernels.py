@@ -33,6 +33,7 @@ from leaml_plugin.errors import LeamlError, unknown_name
 
 OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
 DTYPES = ("float32", "bfloat16", "float16")
+STATES = ("fp32", "8bit", "master")  # of the optimizer: fp32; 8-bit in blocks; fp32 with fp32 masters of half weights
 # (hidden, feed-forward, key-value width, layers of the language model)
 MODELS = {
     "qwen2.5-vl-3b": (2048, 11008, 256, 36),
@@ -95,6 +96,7 @@ class Row:
     ratio: dict[str, float]
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
     stream_share: float | None = None
+    state: str | None = None
     bytes: int | None = None
     bandwidth_gb_s: float | None = None
     model: str = ""
@@ -232,7 +234,7 @@ class Layers:
         self.parameters = sum(w.numel() for w in self.weights)
 
     def select(self, density: float) -> None:
-        """Rows of a random selection and their fp32 state."""
+        """Rows of a random selection."""
         import torch
 
         from leaml_plugin import ops
@@ -243,11 +245,28 @@ class Layers:
             for w in self.weights
         ]
         self.rows = [r.to(self.device) for r in self.rows]
-        states = [ops.new_state(w, r) for w, r in zip(self.weights, self.rows)]
-        self.exp_avg = [s["exp_avg"] for s in states]
-        self.exp_avg_sq = [s["exp_avg_sq"] for s in states]
-        self.steps = [s["step"] for s in states]
+        self.keep("fp32")
         self.selected = sum(m.numel() for m in self.exp_avg)
+
+    def keep(self, kind: str) -> None:
+        """Fresh optimizer state of a kind of ``STATES``."""
+        from leaml_plugin import ops
+
+        wanted = {"eight_bit": kind == "8bit", "master": kind == "master"}
+        states = [ops.new_state(w, r, **wanted) for w, r in zip(self.weights, self.rows)]
+        self.exp_avg, self.exp_avg_sq, self.steps = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq", "step"))
+        self.options: dict[str, Any] = {"lr": HYPER[0]}
+        if kind == "8bit":
+            self.options["scales"] = tuple([s[k] for s in states] for k in ("exp_avg_scale", "exp_avg_sq_scale"))
+        if kind == "master":
+            self.options["masters"] = [s["master"] for s in states]
+
+    def step_bytes(self, kind: str) -> int:
+        """What a step must move for the selected weights: the gradient read; weight, moments and masters both ways (a
+        weight that has a master is only written)."""
+        size, scales = self.weights[0].element_size(), 4 / 256
+        state = {"fp32": 16, "8bit": 2 * 2 * (1 + scales), "master": 24}[kind]
+        return round(self.selected * (size + (1 if kind == "master" else 2) * size + state))
 
     @property
     def step_lists(self) -> tuple[list[Any], ...]:
@@ -261,6 +280,14 @@ def eager_relevance(weights, grads, out) -> None:
     """What one writes in PyTorch: the first-order Taylor score of every row."""
     for w, g, o in zip(weights, grads, out):
         o += (w * g).sum(1, dtype=o.dtype).abs()
+
+
+def eager_relevance_and_norm(weights, grads, out) -> Any:
+    """The same and the gradients' norm for clipping, which our op returns anyway."""
+    import torch
+
+    eager_relevance(weights, grads, out)
+    return torch.nn.utils.get_total_norm(grads)
 
 
 def eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, decay) -> None:
@@ -296,20 +323,29 @@ def gather_fused_scatter(layers: Layers) -> Callable[[], None]:
     return run
 
 
-def masked_dense(layers: Layers, **options: Any) -> Callable[[], None]:
-    """torch.optim.AdamW over whole weights whose gradients were masked beforehand (the masking is not timed)."""
+def masked_dense(layers: Layers, kind: str) -> list[Contender]:
+    """torch.optim.AdamW over whole weights: with their gradients masked, which every step has to do, as each backward
+    pass makes new ones; and the optimizer's step alone."""
     import torch
 
     params = [torch.nn.Parameter(w.clone()) for w in layers.weights]
+    masks = []
     for p, g, r in zip(params, layers.grads, layers.rows):
-        p.grad = torch.zeros_like(g)
-        p.grad[r] = g[r]
-    optimizer = torch.optim.AdamW(params, lr=HYPER[0], weight_decay=HYPER[4], **options)
-    return optimizer.step
+        p.grad = g.clone()
+        masks.append(torch.zeros(len(g), 1, dtype=g.dtype, device=g.device))
+        masks[-1][r] = 1
+    grads = [p.grad for p in params]
+    optimizer = torch.optim.AdamW(params, lr=HYPER[0], weight_decay=HYPER[4], **{kind: True})
+
+    def masked() -> None:
+        torch._foreach_mul_(grads, masks)
+        optimizer.step()
+
+    return [Contender(f"dense_{kind}_masked", masked), Contender(f"dense_{kind}", optimizer.step)]
 
 
 def optional_gpu_peers(layers: Layers) -> list[Contender]:
-    """bitsandbytes' and apex's AdamW, dense with masked gradients, where installed."""
+    """bitsandbytes' and apex's dense AdamW, their steps alone, where installed."""
     import importlib.util
 
     import torch
@@ -325,11 +361,11 @@ def optional_gpu_peers(layers: Layers) -> list[Contender]:
     if importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes
 
-        peers.append(Contender("bitsandbytes_8bit_masked", bitsandbytes.optim.AdamW8bit(params(), lr=HYPER[0]).step))
+        peers.append(Contender("bitsandbytes_8bit", bitsandbytes.optim.AdamW8bit(params(), lr=HYPER[0]).step))
     if importlib.util.find_spec("apex"):
         from apex.optimizers import FusedAdam
 
-        peers.append(Contender("apex_fused_masked", FusedAdam(params(), lr=HYPER[0]).step))
+        peers.append(Contender("apex_fused", FusedAdam(params(), lr=HYPER[0]).step))
     return peers
 
 
@@ -374,14 +410,14 @@ class Bench:
         return [c for c in contenders if c.name in ("ours", "limit", "same_bytes") or c.name in self.config.peers]
 
     def measure(self, op: str, dtype: str, density: float | None, contenders: list[Contender], limit: Limit | None,
-                needed: int | None, layers: Layers | None) -> None:  # fmt: skip
+                needed: int | None, layers: Layers | None, state: str | None = None) -> None:  # fmt: skip
         chosen = self.wanted([*contenders, *([limit.contender] if limit else [])])
         times = compare(chosen, self.timer, self.config.pairs)
         values = summary(times, needed, limit.bytes if limit else 0)
         self.rows.append(
             Row(op=op, dtype=dtype, density=density, device=self.machine["device"], model=self.config.model,
                 layers=layers.layers if layers else 0, parameters=layers.parameters if layers else 0,
-                pairs=self.config.pairs, machine=self.machine, **values)
+                pairs=self.config.pairs, machine=self.machine, state=state, **values)
         )  # fmt: skip
         print(line(self.rows[-1]), flush=True)
 
@@ -397,6 +433,7 @@ class Bench:
         contenders = [
             Contender("ours", lambda: ops.neuron_relevance_(*lists)),
             Contender("eager", lambda: eager_relevance(*lists)),
+            Contender("eager_with_norm", lambda: eager_relevance_and_norm(*lists)),
         ]
         if self.config.compile:
             fast = self.compiled(eager_relevance)
@@ -409,11 +446,10 @@ class Bench:
 
         from leaml_plugin import ops
 
-        size = layers.weights[0].element_size()
-        needed = layers.selected * (3 * size + 16)  # weight and both moments both ways, gradient one way
         step = torch.ones((), device=layers.device)
+        ours = Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options))
         contenders = [
-            Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, lr=HYPER[0])),
+            ours,
             Contender("gather_fused_scatter", gather_fused_scatter(layers)),
             Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
         ]
@@ -422,37 +458,62 @@ class Bench:
         if self.config.compile:
             fast = self.compiled(eager_sparse_adamw)
             contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
-        limit = Limit(needed, self.device, False)
-        self.measure("sparse_adamw", dtype, density, contenders, limit, needed, layers)
+        needed = layers.step_bytes("fp32")
+        self.measure(
+            "sparse_adamw", dtype, density, contenders, Limit(needed, self.device, False), needed, layers, "fp32"
+        )
         # the dense peers take so long that a few pairs tell: a measurement of their own, with ours beside it
-        dense = [contenders[0], Contender("dense_fused_masked", masked_dense(layers, fused=True))]
         few = max(3, self.config.pairs // 3)
-        for peers in (dense, [contenders[0], Contender("dense_foreach_masked", masked_dense(layers, foreach=True))]):
-            chosen = self.wanted(peers)
+        for kind in ("fused", "foreach"):
+            chosen = self.wanted([ours, *masked_dense(layers, kind)])
             if len(chosen) > 1:
                 merge(self.rows[-1], summary(compare(chosen, self.timer, few), None, 0))
         if layers.device.type == "cuda":
             for peer in optional_gpu_peers(layers):
-                merge(self.rows[-1], summary(compare([contenders[0], peer], self.timer, few), None, 0))
+                merge(self.rows[-1], summary(compare([ours, peer], self.timer, few), None, 0))
         print(line(self.rows[-1]), flush=True)
+        for state in STATES[1:] if not self.config.peers else ():
+            self.other_state(dtype, layers, density, state)
 
-    def fusion(self, dtype: str, layers: Layers, density: float) -> None:
+    def other_state(self, dtype: str, layers: Layers, density: float, state: str) -> None:
+        """The step and the fusion with 8-bit states or masters, against those with plain fp32 states."""
+        from leaml_plugin import ops
+
+        if state == "master" and dtype == "float32":
+            return
+        layers.keep("fp32")
+        lists, options = layers.step_lists, layers.options
+        layers.keep(state)
+        contenders = [
+            Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options)),
+            Contender("ours_fp32_state", lambda: ops.sparse_adamw_(*lists, **options)),
+        ]
+        needed = layers.step_bytes(state)
+        self.measure(
+            "sparse_adamw", dtype, density, contenders, Limit(needed, self.device, False), needed, layers, state
+        )
+        if "fusion" in self.config.ops:
+            self.fusion(dtype, layers, density, state)
+        layers.keep("fp32")
+
+    def fusion(self, dtype: str, layers: Layers, density: float, state: str = "fp32") -> None:
         from leaml_plugin import ops
 
         size = layers.weights[0].element_size()
-        # every weight and gradient once; of the selected, the weight back and both moments both ways
-        needed = 2 * layers.parameters * size + layers.selected * (size + 16)
+        # every weight and gradient once; of the selected what the step moves but for reading these two
+        read_anyway = layers.selected * (size if state == "master" else 2 * size)
+        needed = 2 * layers.parameters * size + layers.step_bytes(state) - read_anyway
 
         def parts() -> None:
             ops.neuron_relevance_(layers.weights, layers.grads, layers.out)
-            ops.sparse_adamw_(*layers.step_lists, lr=HYPER[0])
+            ops.sparse_adamw_(*layers.step_lists, **layers.options)
 
         contenders = [
-            Contender("ours", lambda: ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, lr=HYPER[0])),
+            Contender("ours", lambda: ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, **layers.options)),
             Contender("our_two_parts", parts),
             Contender("relevance_alone", lambda: ops.neuron_relevance_(layers.weights, layers.grads, layers.out)),
         ]
-        self.measure("fusion", dtype, density, contenders, Limit(needed, self.device, True), needed, layers)
+        self.measure("fusion", dtype, density, contenders, Limit(needed, self.device, True), needed, layers, state)
 
     def select(self, density: float) -> None:
         """One score for every neuron of the whole model."""
@@ -515,28 +576,31 @@ class Bench:
                 if "fusion" in config.ops:
                     self.fusion(dtype, layers, density)
             del layers
-        if self.device.type == "cpu" and "relevance" in config.ops and not config.peers:
+        if self.device.type == "cpu" and {"relevance", "sparse_adamw"} & set(config.ops) and not config.peers:
             self.tuned_allocator()
         return self.rows
 
     def tuned_allocator(self) -> None:
-        """Eager relevance again where the allocator keeps large blocks, which spares it most page faults."""
+        """The peers that make large temporaries again, where the allocator keeps large blocks: no page faults then."""
+        tuned = [op for op in ("relevance", "sparse_adamw") if op in self.config.ops]
+        peers = {"eager", "eager_with_norm", "gather_fused_scatter"}
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "rows.json"
             command = [
-                sys.executable, "-m", "leaml_plugin.benchmark.kernels", "--ops", "relevance", "--peers", "eager",
-                "--dtypes", *self.config.dtypes, "--model", self.config.model, "--device", "cpu", "--layers",
-                str(self.config.layers), "--threads", str(self.config.threads), "--pairs", str(self.config.pairs),
-                "--json", str(target),
+                sys.executable, "-m", "leaml_plugin.benchmark.kernels", "--ops", *tuned, "--peers", *peers,
+                "--dtypes", *self.config.dtypes, "--densities", *map(str, self.config.densities), "--model",
+                self.config.model, "--device", "cpu", "--layers", str(self.config.layers), "--threads",
+                str(self.config.threads), "--pairs", str(self.config.pairs), "--json", str(target),
             ]  # fmt: skip
-            tuned = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-            subprocess.run(command, env={**os.environ, **tuned}, check=True, stdout=subprocess.DEVNULL)
+            keeping = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+            subprocess.run(command, env={**os.environ, **keeping}, check=True, stdout=subprocess.DEVNULL)
+            own = {(row.op, row.dtype, row.density): row for row in self.rows if row.state in (None, "fp32")}
             for extra in json.loads(target.read_text()):
-                for row in self.rows:
-                    if (row.op, row.dtype) == (extra["op"], extra["dtype"]):
-                        row.ratio["eager_tuned_malloc"] = extra["ratio"]["eager"]
-                        row.spread["eager_tuned_malloc"] = tuple(extra["spread"]["eager"])
-                        print(line(row), flush=True)
+                row = own[extra["op"], extra["dtype"], extra["density"]]
+                for peer in peers & extra["ratio"].keys():
+                    row.ratio[f"{peer}_tuned_malloc"] = extra["ratio"][peer]
+                    row.spread[f"{peer}_tuned_malloc"] = tuple(extra["spread"][peer])
+                print(line(row), flush=True)
 
 
 def merge(row: Row, values: dict[str, Any]) -> None:
@@ -584,12 +648,13 @@ def header(info: dict[str, Any]) -> str:
 
 def line(row: Row) -> str:
     density = "" if row.density is None else f"{row.density:.0%}"
+    state = "" if row.state in (None, "fp32") else f" {row.state}"
     share = "" if row.limit_share is None else f"limit {row.limit_share:.2f}"
     share += "" if row.stream_share is None else f" (stream {row.stream_share:.2f})"
     peers = "  ".join(
         f"{name} {value:.2f} [{row.spread[name][0]:.2f}-{row.spread[name][1]:.2f}]" for name, value in row.ratio.items()
     )
-    return f"{row.op:13} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:25} {peers}"
+    return f"{row.op + state:20} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:25} {peers}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -605,7 +670,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [row for row in rows if row.op == "sparse_adamw" and row.density]
+    steps = [row for row in rows if row.op == "sparse_adamw" and row.state == "fp32"]
     dtypes = list(dict.fromkeys(row.dtype for row in steps))
     if not dtypes:
         raise LeamlError("--plot draws sparse_adamw; it is not among the ops measured.")

@@ -20,7 +20,7 @@ BACKENDS = ("native", "reference")
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The raw bytes, so that NaN equals NaN and -0 differs from 0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 @settings(max_examples=200, deadline=None)

@@ -39,6 +39,24 @@ def test_the_limit_of_scattered_rows_stands_apart_from_that_of_a_stream():
     assert values["ratio"] == {}
 
 
+def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
+    monkeypatch.setattr(kernels.Bench, "tuned_allocator", lambda self: None)
+    config = kernels.Config(
+        ops=("sparse_adamw", "fusion"), dtypes=("bfloat16",), densities=(0.1,), model="tiny", device="cpu", pairs=3,
+        compile=False,
+    )  # fmt: skip
+    rows = {(row.op, row.state): row for row in kernels.run(config)}
+    assert rows.keys() == {(op, state) for op in config.ops for state in kernels.STATES}
+    assert {"gather_fused_scatter", "dense_fused_masked", "dense_fused"} <= rows["sparse_adamw", "fp32"].ratio.keys()
+    layers = kernels.Layers(config, torch.bfloat16, torch.device("cpu"), rows["fusion", "fp32"].layers)
+    layers.select(0.1)
+    for state, each in {"fp32": 6 + 16, "8bit": 6 + 4 + 4 * 4 / 256, "master": 4 + 24}.items():
+        assert rows["sparse_adamw", state].bytes == round(layers.selected * each)
+    # in the fusion the weight (but where a master stands for it) and the gradient are read for the relevance anyway
+    assert rows["fusion", "fp32"].bytes == 4 * layers.parameters + layers.selected * (2 + 16)
+    assert rows["fusion", "master"].bytes == 4 * layers.parameters + layers.selected * (2 + 24)
+
+
 @pytest.mark.parametrize("columns", [5, 64, 200, 2048])
 def test_moving_the_same_bytes_changes_none(native, columns):
     config = kernels.Config(model="tiny", device="cpu")
