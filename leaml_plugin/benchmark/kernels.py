@@ -29,10 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leaml_plugin.artifacts import write_text
 from leaml_plugin.errors import LeamlError, unknown_name
 
 OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
 DTYPES = ("float32", "bfloat16", "float16")
+GPU_LAYERS = 4  # of a 7B model: a billion weights, far more than the caches hold
 STATES = ("fp32", "8bit", "master")  # of the optimizer: fp32; 8-bit in blocks; fp32 with fp32 masters of half weights
 # (hidden, feed-forward, key-value width, layers of the language model)
 MODELS = {
@@ -50,7 +52,7 @@ class Config:
     dtypes: Sequence[str] = DTYPES
     densities: Sequence[float] = (0.01, 0.05, 0.10, 0.20)
     model: str = "qwen2.5-vl-3b"
-    layers: int = 0  # 0: one on a CPU, all that fit on a GPU
+    layers: int = 0  # 0: one on a CPU, at most GPU_LAYERS on a GPU
     device: str = "auto"
     threads: int = 1
     pairs: int = 15
@@ -110,7 +112,11 @@ class Row:
 
 
 class Timer:
-    """Milliseconds of one call: CUDA events, the thread's CPU time, or the clock where there are several threads."""
+    """Milliseconds of one call: CUDA events, the thread's CPU time, or the clock where there are several threads.
+
+    On a GPU the work queues up behind a short sleep of the device, as it does in training, where the host runs ahead:
+    else the time it takes to launch would count as the device's.
+    """
 
     def __init__(self, device: Any, threads: int):
         import torch
@@ -128,6 +134,7 @@ class Timer:
             return (self.clock() - start) / 1e6
         begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.torch.cuda.synchronize()
+        self.torch.cuda._sleep(4_000_000)  # cycles: about two milliseconds
         begin.record()
         contender.run()
         end.record()
@@ -185,7 +192,8 @@ class Limit:
         import torch
 
         # larger than the caches, whatever the op moves; the time is scaled to the op's bytes
-        self.elements = max(count // (4 if read_only else 8), 48 * 2**20 // 4)
+        least = (2**30 if device.type == "cuda" else 48 * 2**20) // 4
+        self.elements = max(count // (4 if read_only else 8), least)
         self.buffer = torch.ones(self.elements, device=device)
         self.bytes = self.elements * (4 if read_only else 8)
         self.contender = Contender("limit", self.buffer.sum if read_only else lambda: self.buffer.add_(1.0))
@@ -401,8 +409,8 @@ class Bench:
 
         per_layer = sum(a * b for a, b in layer_shapes(self.config.model))
         free, _ = torch.cuda.mem_get_info()
-        # weight, gradient, a masked copy of both and the dense peers' two moments
-        return max(1, min(MODELS[self.config.model][3], int(free * 0.8 / (per_layer * (4 * element_size + 16)))))
+        # weight, gradient, a dense peer's copy of both with its two moments and temporaries, our states
+        return max(1, min(GPU_LAYERS, int(free * 0.8 / (per_layer * (8 * element_size + 16)))))
 
     def wanted(self, contenders: list[Contender]) -> list[Contender]:
         if not self.config.peers:
@@ -420,10 +428,18 @@ class Bench:
                 pairs=self.config.pairs, machine=self.machine, state=state, **values)
         )  # fmt: skip
         print(line(self.rows[-1]), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """All rows so far: a run that is cut off leaves what it has measured."""
+        if self.config.json is not None:
+            self.config.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.config.json, json.dumps(as_json(self.rows), indent=1) + "\n")
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         import torch
 
+        torch._dynamo.reset()  # more than eight versions of one function would silently run uncompiled
         return torch.compile(function)
 
     def relevance(self, dtype: str, layers: Layers) -> None:
@@ -468,6 +484,9 @@ class Bench:
             chosen = self.wanted([ours, *masked_dense(layers, kind)])
             if len(chosen) > 1:
                 merge(self.rows[-1], summary(compare(chosen, self.timer, few), None, 0))
+            del chosen  # a copy of the weights, their gradients and moments
+            if layers.device.type == "cuda":
+                torch.cuda.empty_cache()
         if layers.device.type == "cuda":
             for peer in optional_gpu_peers(layers):
                 merge(self.rows[-1], summary(compare([ours, peer], self.timer, few), None, 0))
@@ -701,9 +720,7 @@ def run(config: Config) -> list[Row]:
     """Measure; write the JSON and the plot where asked for."""
     bench = Bench(config)
     rows = bench.run()
-    if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")
+    bench.write()
     if config.plot is not None:
         plot(rows, config.plot)
     return rows
@@ -716,7 +733,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(default.dtypes), help=f"among {', '.join(DTYPES)}")
     parser.add_argument("--densities", nargs="+", type=float, default=list(default.densities), metavar="FRACTION")
     parser.add_argument("--model", default=default.model, help=f"layer shapes: {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int, default=0, help="how many (default: 1 on a CPU, all that fit on a GPU)")
+    parser.add_argument("--layers", type=int, default=0, help=f"how many (default: 1 on a CPU, {GPU_LAYERS} on a GPU)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1 its CPU time is taken (default: 1)")
     parser.add_argument("--pairs", type=int, default=default.pairs, help="repetitions (default: %(default)s)")
