@@ -25,12 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from leaml_plugin.artifacts import write_text
+from leaml_plugin.artifacts import read_json, write_text
+from leaml_plugin.benchmark import tables
 from leaml_plugin.errors import LeamlError, unknown_name
+from leaml_plugin.report.markdown import require_marks, write_between
 
 OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,6 +62,8 @@ class Config:
     peers: Sequence[str] = ()  # none: all
     json: Path | None = None
     plot: Path | None = None
+    page: Path | None = None
+    rows: Path | None = None
 
     def validate(self) -> None:
         """Raises LeamlError for a name that is not known or a number out of range."""
@@ -74,6 +78,8 @@ class Config:
                 raise LeamlError(f"--densities: wanted fractions above 0 and up to 1, got {density}.")
         if self.pairs < 3:
             raise LeamlError(f"--pairs: a median needs at least 3, got {self.pairs}.")
+        if self.page is not None:
+            require_marks(self.page)
 
 
 @dataclass
@@ -680,6 +686,16 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [vars(row) for row in rows]
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of ``--json``, or of a result file of ``scripts/gpu_check.sh``."""
+    found = read_json(path)
+    found = found.get("kernels") if isinstance(found, dict) else found
+    known = {f.name for f in fields(Row)}
+    if not isinstance(found, list) or not all(isinstance(row, dict) and row.keys() <= known for row in found):
+        raise LeamlError(f"--rows {path}: wanted the rows that leaml bench kernels --json writes.")
+    return [Row(**row) for row in found]
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Time of a sparse AdamW step against density, ours and each peer's, one panel a dtype."""
     try:
@@ -717,12 +733,18 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def run(config: Config) -> list[Row]:
-    """Measure; write the JSON and the plot where asked for."""
-    bench = Bench(config)
-    rows = bench.run()
-    bench.write()
+    """Measure, or take the rows of a file; write the JSON, the plot and the page where asked for."""
+    if config.rows is not None:
+        config.validate()
+        rows = read_rows(config.rows)
+    else:
+        bench = Bench(config)
+        rows = bench.run()
+        bench.write()
     if config.plot is not None:
         plot(rows, config.plot)
+    if config.page is not None:
+        write_between(config.page, tables.page(as_json(rows)))
     return rows
 
 
@@ -741,24 +763,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="+", default=[], help="only these peers")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw cost against density here (.svg, .png)")
+    parser.add_argument("--page", type=Path, help="write the tables into this page, between its marks")
+    parser.add_argument("--rows", type=Path, help="measure nothing: the plot and the page from a file of --json")
 
 
 def main(args: argparse.Namespace) -> int:
     """``leaml bench kernels``; exit code 0."""
-    names = (
-        "ops",
-        "dtypes",
-        "densities",
-        "model",
-        "layers",
-        "device",
-        "threads",
-        "pairs",
-        "compile",
-        "peers",
-        "json",
-        "plot",
-    )
+    names = [f.name for f in fields(Config)]
     run(Config(**{name: getattr(args, name) for name in names}))
     return 0
 

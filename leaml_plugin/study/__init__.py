@@ -18,7 +18,6 @@ EXAMPLES = """examples:
   leaml study --filters --world endoscopy --seeds 3      # what each filter of pseudo-QA removes, against the truth
   leaml study --filters --accuracy --page docs/pseudo-labels.md       # and what it does to the final accuracy
 """
-MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with --filters: also train a VQA model on what each filter leaves")  # fmt: skip
     parser.add_argument("--summary", action="store_true", help="run nothing, summarise the results that are there")
     parser.add_argument("--json", metavar="FILE", help="write the summary as JSON")
-    parser.add_argument("--page", metavar="FILE", help=f"write the tables into a page, between {MARKS[0]} and its end")
+    parser.add_argument("--page", metavar="FILE", help="write the tables into a page, between its marks")
     parser.add_argument("--plot", metavar="FILE", help="draw the figure (.svg, .png, .pdf)")
 
 
@@ -52,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
     from leaml_plugin import config
     from leaml_plugin.errors import LeamlError, unknown_name
+    from leaml_plugin.report.markdown import require_marks
     from leaml_plugin.study.protocol import ORDER, REPORTED, Protocol, check_methods
     from leaml_plugin.worlds.files import checkpoint_path
 
@@ -72,8 +72,8 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint) if args.checkpoint else checkpoint_path()
     if not (checkpoint / "model.safetensors").is_file():
         raise LeamlError(f"{checkpoint}: has no model.safetensors; give the directory of the tiny base model.")
-    if args.page and not (Path(args.page).is_file() and all(m in Path(args.page).read_text() for m in MARKS)):
-        raise LeamlError(f"{args.page}: has no line {MARKS[0]} and {MARKS[1]}, between which the tables would go.")
+    if args.page:
+        require_marks(Path(args.page))
     directory = Path(args.results)
     if args.filters:
         return _filters(args, protocol, checkpoint, directory, worlds)
@@ -105,6 +105,7 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
     from pathlib import Path
 
     from leaml_plugin.artifacts import write_json
+    from leaml_plugin.report.markdown import write_between
     from leaml_plugin.study import summary
     from leaml_plugin.study.protocol import budget_of
     from leaml_plugin.study.runner import (
@@ -157,19 +158,8 @@ def _study(args, protocol, checkpoint, directory, worlds, methods) -> int:
 
         draw(results, Path(args.plot))
     if args.page:
-        _write_page(args.page, summary.page(results, Path(args.plot).name if args.plot else ""))
+        write_between(Path(args.page), summary.page(results, Path(args.plot).name if args.plot else ""))
     return 0
-
-
-def _write_page(path: str, body: str) -> None:
-    """Put ``body`` between the marks of a page."""
-    from pathlib import Path
-
-    from leaml_plugin.artifacts import write_text
-
-    page = Path(path)
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0], 1)
-    write_text(page, f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")
 
 
 def _filters(args, protocol, checkpoint, directory, worlds) -> int:
@@ -179,6 +169,7 @@ def _filters(args, protocol, checkpoint, directory, worlds) -> int:
     import torch
 
     from leaml_plugin.artifacts import write_json
+    from leaml_plugin.report.markdown import write_between
     from leaml_plugin.study import filters, summary
     from leaml_plugin.study.runner import Study
 
@@ -208,7 +199,7 @@ def _filters(args, protocol, checkpoint, directory, worlds) -> int:
     if args.json:
         write_json(Path(args.json), found)
     if args.page:
-        _write_page(args.page, filters.page(found))
+        write_between(Path(args.page), filters.page(found))
     return 0
 
 

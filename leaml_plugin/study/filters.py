@@ -19,11 +19,11 @@ from typing import Any
 
 from leaml_plugin.artifacts import fingerprint, read_json, write_json
 from leaml_plugin.records import QA, PseudoQA
+from leaml_plugin.report.markdown import markdown_table
 from leaml_plugin.stages import filter, verify
 from leaml_plugin.stages.filter import FilterConfig
 from leaml_plugin.study.runner import FORMAT, Study, Written, code_version, identity, recorded, resolve
 from leaml_plugin.study.statistics import pack_bits, t_interval
-from leaml_plugin.study.summary import markdown_table
 
 #: Drops malformed pairs alone: what no filter can leave in.
 OFF = FilterConfig(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from leaml_plugin.report.markdown import markdown_table
 from leaml_plugin.study.protocol import METHODS, ORDER, budget_of
 from leaml_plugin.study.statistics import Difference, compare, t_interval, unpack_bits
 
@@ -221,12 +222,6 @@ def text_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(header, True), line(["-" * w for w in widths], True), *(line(row) for row in lines)])
-
-
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(line)} |" for line in lines)]
-    )
 
 
 def page(results: Sequence[Result], plot: str = "") -> str:

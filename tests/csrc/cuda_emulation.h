@@ -1,6 +1,6 @@
 // Runs CUDA device code on the CPU: one fiber a thread, blocks one after another.
 //
-// Catches: barriers and shuffles that not all lanes reach together, 16-byte accesses off their alignment, and, through
+// Catches: barriers and shuffles that not all lanes reach together, vector accesses off their alignment, and, through
 // the address sanitizer, reads and writes out of bounds. Does not see: races between blocks, coalescing, speed.
 #pragma once
 
@@ -24,6 +24,9 @@
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -173,20 +176,29 @@ inline unsigned __ballot_sync(unsigned mask, bool bit) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-namespace leaml::cuda {
-inline long vector_accesses;
-inline void check_alignment(const void* p) {
-  ++vector_accesses;
-  if (reinterpret_cast<uintptr_t>(p) % 16) emulation::failure = "a 16-byte access off its alignment";
+[[noreturn]] inline void __trap() {
+  static char place;
+  emulation::failure = "a kernel stopped itself (__trap)";
+  for (;;) emulation::wait(emulation::At::block_barrier, &place);
 }
-inline uint4 load16(const uint4* p) {
-  check_alignment(p);
-  uint4 x;
-  memcpy(&x, p, 16);
+
+namespace leaml::cuda {
+inline long vector_accesses;  // of 16 bytes
+template <class V>
+void check_alignment(const void* p) {
+  if (sizeof(V) == 16) ++vector_accesses;
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(V)) emulation::failure = "an access off its alignment";
+}
+template <class V>
+V load_as(const void* p) {
+  check_alignment<V>(p);
+  V x;
+  memcpy(&x, p, sizeof(V));
   return x;
 }
-inline void store16(uint4* p, const uint4& x) {
-  check_alignment(p);
-  memcpy(p, &x, 16);
+template <class V>
+void store_as(void* p, const V& x) {
+  check_alignment<V>(p);
+  memcpy(p, &x, sizeof(V));
 }
 }  // namespace leaml::cuda

@@ -1,110 +1,102 @@
-"""Builds the emulated device code and calls it with tensors: ``Emulated.relevance_`` and ``Emulated.step``."""
+"""Builds the CUDA ops, host side and kernels, for the CPU (``emulated_ops.cpp``) and calls them with tensors."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
+
+from leaml_plugin import ops
+from leaml_plugin.ops._library import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DEVICE_OPS = ("neuron_relevance_", "sparse_adamw_", "relevance_sparse_adamw_")
 
 
 def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("c++")
 
 
-def build(cache: Path, name: str, mutants: Sequence[tuple[str, str]] = (), fp32_only: bool = False):
-    """csrc/kernels.cuh compiled for the CPU, optionally with some lines changed. Cached by content."""
-    import pybind11
-
+def build(cache: Path, mutants: Sequence[tuple[str, str]] = ()) -> Emulated:
+    """csrc/ops_cuda.cu and csrc/kernels.cuh for the CPU, optionally with some lines changed. Cached by content."""
     sources = {path.name: path.read_text() for path in sorted((ROOT / "csrc").glob("*.h"))}
-    sources["kernels.cuh"] = (ROOT / "csrc" / "kernels.cuh").read_text()
-    for path in sorted((ROOT / "tests" / "csrc").glob("*.[hc]*")):
-        if path.suffix in (".h", ".cpp"):
-            sources[path.name] = path.read_text()
+    for name in ("kernels.cuh", "ops_cuda.cu"):
+        sources[name] = (ROOT / "csrc" / name).read_text()
+    for name in ("cuda_emulation.h", "emulated_ops.cpp"):
+        sources[name] = (ROOT / "tests" / "csrc" / name).read_text()
     for old, new in mutants:
-        assert sources["kernels.cuh"].count(old) == 1, f"a mutant's line is not there exactly once: {old!r}"
-        sources["kernels.cuh"] = sources["kernels.cuh"].replace(old, new)
+        places = [name for name, text in sources.items() if old in text]
+        assert len(places) == 1 and sources[places[0]].count(old) == 1, f"not there exactly once: {old!r}"
+        sources[places[0]] = sources[places[0]].replace(old, new)
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
-    flags += ["-DLEAML_FP32_ONLY"] if fp32_only else []
-    key = hashlib.sha256(repr((sorted(sources.items()), flags, sys.version, pybind11.__version__)).encode()).hexdigest()
-    module = f"{name}_{key[:16]}"
-    library = cache / f"{module}.so"
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    key = hashlib.sha256(repr((sorted(sources.items()), flags, torch.__version__, sys.version)).encode()).hexdigest()
+    name = f"leaml_emulated_{key[:16]}"
+    library = cache / f"{name}.so"
     if not library.exists():
-        folder = cache / module
+        folder = cache / name
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in sources.items():
             (folder / file).write_text(text)
-        includes = [f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        scratch = folder / "module.so"
-        command = [compiler(), *flags, *includes, f"-DLEAML_MODULE={module}", "emulated_kernels.cpp", "-o", scratch]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        torch_folders = [f"-I{path}" for path in cpp_extension.include_paths()]
+        links = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+        scratch = folder / "library.so"
+        command = [compiler(), *flags, f"-DLEAML_LIBRARY={name}", f"-I{folder}", *torch_folders, "emulated_ops.cpp"]
+        subprocess.run([*command, "-o", scratch, *links], cwd=folder, check=True, capture_output=True, text=True)
         scratch.replace(library)
-    spec = importlib.util.spec_from_file_location(module, library)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return Emulated(loaded)
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def matrix(tensor: Tensor) -> tuple[int, int, int, int]:
-    column = tensor.stride(1) if tensor.shape[1] != 1 else 1
-    return tensor.data_ptr(), tensor.stride(0), column, tensor.element_size()
+    return Emulated(name, library)
 
 
 class Emulated:
-    """What ``ops_cuda.cu`` does around the kernels, for matrices."""
+    """``torch.ops.leaml`` as a GPU would run it. What it allocates begins as NaN."""
 
-    def __init__(self, module):
-        self.module = module
+    def __init__(self, name: str, path: Path):
+        if not hasattr(Emulated, name):  # once in a process
+            library = torch.library.Library(name, "DEF")
+            for op in DEVICE_OPS:
+                library.define(op + SCHEMAS[op])
+            setattr(Emulated, name, library)
+            torch.ops.load_library(str(path))
+        self.ops = getattr(torch.ops, name)
+        self.native = ctypes.CDLL(str(path))
+        self.native.leaml_vector_accesses.restype = ctypes.c_long
+        self.native.leaml_launches.restype = ctypes.c_long
+        self.native.leaml_broken_barrier.restype = ctypes.c_char_p
 
-    def relevance_(self, weights, grads, out, criteria, dim, slots, grad_scale=None, found_inf=None) -> float:
-        parts = [
-            (matrix(w), matrix(g), w.shape[dim], w.shape[1 - dim], slot) for w, g, slot in zip(weights, grads, slots)
-        ]
-        outputs = [(o.data_ptr(), o.stride(0), o.stride(1), o.shape[1]) for o in out]
-        types = CODES[weights[0].dtype], CODES[grads[0].dtype]
-        return self.module.relevance(
-            parts, *types, dim, outputs, criteria, address(grad_scale), address(found_inf)
-        )  # fmt: skip
+    def relevance_(
+        self, weights, grads, out, criteria=(0, 1, 2, 3), dims=0, slots=None, grad_scale=None, found_inf=None
+    ) -> float:
+        count = len(weights)
+        dims = [dims] * count if isinstance(dims, int) else dims
+        slots = list(range(count)) if slots is None else slots
+        return self.ops.neuron_relevance_(
+            weights, grads, out, list(criteria), dims, slots, grad_scale, found_inf
+        ).item()  # fmt: skip
 
     def step(self, problem, fused: bool = False) -> list[Tensor]:
-        """One step of a ``kernel_cases.Problem``; the fusion's sums ``[3, neurons]`` of each tensor."""
-        items = []
-        for param, rows, grad, state in zip(problem.params, problem.rows, problem.grads, problem.states):
-            names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master", "step")
-            pointers = [address(state.get(name)) for name in names]
-            compact = grad.shape[0] == rows.numel() != param.shape[0]
-            shape = (param.shape[0], param.shape[1], rows.numel())
-            items.append((matrix(param), matrix(grad), address(rows), *pointers, *shape, compact))
-        options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False, **problem.options}
-        lr = options["lr"]
-        hyper = {
-            "lr": 0.0 if isinstance(lr, Tensor) else lr,
-            "beta1": options["betas"][0],
-            "beta2": options["betas"][1],
-            "eps": options["eps"],
-            "weight_decay": options["weight_decay"],
-            "maximize": options["maximize"],
-            "stochastic": options.get("stochastic_rounding", False),
-            "seed": options["seed"],
-        }
-        packed = "exp_avg_scale" in problem.states[0]
-        sums = self.module.update(
-            items, CODES[problem.params[0].dtype], CODES[problem.grads[0].dtype], packed, fused, hyper,
-            address(lr if isinstance(lr, Tensor) else None), address(options.get("clip_coef")),
-            address(options.get("grad_scale")), address(options.get("found_inf")),
-        )  # fmt: skip
-        return [torch.tensor(values).reshape(-1, 3).t() for values in sums]
+        """One step of a ``kernel_cases.Problem``; the fusion's four relevances ``[4, neurons]`` of each tensor."""
+        lists, options = problem.arguments()
+        first, second = options.pop("scales", ((), ()))
+        masters = options.pop("masters", ())
+        names = ("lr", "betas", "eps", "weight_decay", "maximize", "clip_coef", "grad_scale", "found_inf")
+        usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False}
+        tail = ops._adamw_tail(
+            torch.device("cpu"),
+            *[options.get(name, usual.get(name)) for name in names],
+            options.get("stochastic_rounding", False),
+            options["seed"],
+        )
+        if not fused:
+            self.ops.sparse_adamw_(*lists, first, second, masters, *tail)
+            return []
+        out = [torch.zeros(4, p.shape[0]) for p in problem.params]
+        self.ops.relevance_sparse_adamw_(*lists, first, second, masters, out, [0, 1, 2, 3], *tail)
+        return out

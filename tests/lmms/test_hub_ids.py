@@ -90,7 +90,9 @@ def test_what_the_hub_refuses_is_one_sentence(kvasir, tmp_path):
     with local_hub.serve({}) as (endpoint, _):
         done = run(endpoint, tmp_path, "-m", "leaml_plugin.cli", "data", "endoscopy", "--output", str(tmp_path / "out"))
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        "leaml: SimulaMet-HOST/Kvasir-VQA: the Hub refuses it (status 404); download it with"
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("leaml: SimulaMet-HOST/Kvasir-VQA: the Hub refuses it (status 404); download it with")
     )
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from leaml_plugin import study as command
 from leaml_plugin.artifacts import read_json, write_json
 from leaml_plugin.errors import LeamlError
 from leaml_plugin.records import QA, PseudoQA
+from leaml_plugin.report.markdown import MARKS
 from leaml_plugin.stages.filter import REASONS
 from leaml_plugin.study import filters
 from leaml_plugin.study.filters import DEFAULT, FILTERS, NONE, VARIANTS, measure
@@ -116,7 +117,7 @@ def test_the_command(study, measured, checkpoint, small, tmp_path, capsys):
     common = ["--results", str(measured), "--checkpoint", str(checkpoint), "--labels", "0.25", "--seeds", "2"]
     common += [part for k, v in changed.items() for part in ("--set", f"{k}={json.dumps(v)}")]
     page = tmp_path / "page.md"
-    page.write_text(f"# Filters\n{command.MARKS[0]}\n{command.MARKS[1]}\n")
+    page.write_text(f"# Filters\n{MARKS[0]}\n{MARKS[1]}\n")
     options = [
         "--filters",
         "--summary",

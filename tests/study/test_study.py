@@ -9,6 +9,7 @@ import pytest
 
 from leaml_plugin import study as command
 from leaml_plugin.errors import LeamlError
+from leaml_plugin.report.markdown import MARKS
 from leaml_plugin.study import summary, tuning
 from leaml_plugin.study.protocol import (
     GRID,
@@ -295,7 +296,7 @@ def settings(protocol):
 def test_the_command_resumes_summarises_and_writes_the_page(results, checkpoint, small, tmp_path, capsys):
     directory, _ = results
     page = tmp_path / "study.md"
-    page.write_text(f"# Study\n{command.MARKS[0]}\nold\n{command.MARKS[1]}\nThe end.\n")
+    page.write_text(f"# Study\n{MARKS[0]}\nold\n{MARKS[1]}\nThe end.\n")
     common = ["--results", str(directory), "--checkpoint", str(checkpoint), "--labels", "0.25", "--seeds", "2"]
     common += [*settings(small), "--world", "endoscopy", "--methods", "leaml", "full"]
     assert command.main(arguments(*common, "--summary", "--json", str(tmp_path / "s.json"), "--page", str(page))) == 0
