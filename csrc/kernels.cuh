@@ -2,7 +2,7 @@
 //
 // Covers: relevance of rows and columns, its completion, sparse AdamW, the fusion. The arithmetic is numerics.h.
 // Does not cover: launching and torch (ops_cuda.cu). The tests run this very file on the CPU (tests/csrc).
-// Whoever includes this defines load16 and store16, the 16-byte accesses, in namespace leaml::cuda.
+// A compiler for the host has to define load_as and store_as, accesses of 4, 8 and 16 bytes, before it includes this.
 //
 // A row is walked in blocks of 256 elements, 8 a lane, which is also the block of an 8-bit state. Where pointers and
 // strides allow, a lane's 8 elements are read and written 16 bytes at a time; else one by one, neighbours on neighbouring
@@ -54,7 +54,8 @@ struct UpdateItem {
   void *m, *v;
   float *m_scale, *v_scale, *master, *step;
   Sums* sums;         // fusion only
-  int64_t width, k;
+  int64_t width;
+  int64_t limit;      // fusion: how many `rows` there are; else what they must stay below
   int64_t start;      // first warp of this tensor
   int32_t index;      // of the tensor in the call: part of the random key
   bool compact, vector;
@@ -95,6 +96,26 @@ inline bool rows_aligned(const void* data, int64_t row_stride, int64_t col_strid
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+template <class V>
+__device__ __forceinline__ V load_as(const void* p) {
+  return *static_cast<const V*>(p);
+}
+
+template <class V>
+__device__ __forceinline__ void store_as(void* p, const V& x) {
+  *static_cast<V*>(p) = x;
+}
+
+// A plain assignment of values that are used elsewhere too may come out as four stores of 4 bytes.
+template <>
+__device__ __forceinline__ void store_as<uint4>(void* p, const uint4& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+#endif
 
 template <class T>
 __device__ __forceinline__ void unpack(const uint4* raw, float* out);
@@ -148,17 +169,17 @@ __device__ __forceinline__ int position(int lane, int i) {
   return Vector ? quad<Wide>(lane, i / 4) + i % 4 : i * kWarp + lane;
 }
 
-// N elements a lane, from a block of N x 32: N is 8 where rows are read 16 bytes at a time (Vector) or where a block
-// shares a scale, else 1.
+// N elements a lane, from a block of N x 32: N is 8 where rows are read 16 bytes at a time (Vector), else 1, or 8 again
+// for a strip of columns.
 template <class T, bool Wide, int N, bool Vector>
 __device__ __forceinline__ void load(const T* p, int stride, int lane, int valid, float* out) {
   if constexpr (Vector) {
     uint4 raw[2];
     if constexpr (sizeof(T) == 4) {
-      raw[0] = load16(reinterpret_cast<const uint4*>(p + quad<Wide>(lane, 0)));
-      raw[1] = load16(reinterpret_cast<const uint4*>(p + quad<Wide>(lane, 1)));
+      raw[0] = load_as<uint4>(p + quad<Wide>(lane, 0));
+      raw[1] = load_as<uint4>(p + quad<Wide>(lane, 1));
     } else {
-      raw[0] = load16(reinterpret_cast<const uint4*>(p + lane * 8));
+      raw[0] = load_as<uint4>(p + lane * 8);
     }
     unpack<T>(raw, out);
   } else {
@@ -178,11 +199,11 @@ __device__ __forceinline__ void store(T* p, int stride, int lane, int valid, con
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         memcpy(&raw, values + 4 * q, 16);
-        store16(reinterpret_cast<uint4*>(p + quad<Wide>(lane, q)), raw);
+        store_as<uint4>(p + quad<Wide>(lane, q), raw);
       }
     } else {
       memcpy(&raw, values, 16);
-      store16(reinterpret_cast<uint4*>(p + lane * 8), raw);
+      store_as<uint4>(p + lane * 8, raw);
     }
   } else {
 #pragma unroll
@@ -193,23 +214,29 @@ __device__ __forceinline__ void store(T* p, int stride, int lane, int valid, con
   }
 }
 
-template <bool Wide, bool Vector>
-__device__ __forceinline__ void load_codes(const uint8_t* p, int lane, int valid, uint8_t* out) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int at = position<Wide, Vector>(lane, i);
-    out[i] = at < valid ? p[at] : uint8_t(0);
+// A lane's 8 codes of an 8-bit state: element i is byte i % 4 of word i / 4.
+template <bool Wide>
+__device__ __forceinline__ void load_codes(const uint8_t* p, int lane, uint32_t* words) {
+  if constexpr (Wide) {
+    words[0] = load_as<uint32_t>(p + quad<Wide>(lane, 0));
+    words[1] = load_as<uint32_t>(p + quad<Wide>(lane, 1));
+  } else {
+    const uint2 both = load_as<uint2>(p + lane * 8);
+    words[0] = both.x, words[1] = both.y;
   }
 }
 
-template <bool Wide, bool Vector>
-__device__ __forceinline__ void store_codes(uint8_t* p, int lane, int valid, const uint8_t* values) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int at = position<Wide, Vector>(lane, i);
-    if (at < valid) p[at] = values[i];
+template <bool Wide>
+__device__ __forceinline__ void store_codes(uint8_t* p, int lane, const uint32_t* words) {
+  if constexpr (Wide) {
+    store_as<uint32_t>(p + quad<Wide>(lane, 0), words[0]);
+    store_as<uint32_t>(p + quad<Wide>(lane, 1), words[1]);
+  } else {
+    store_as<uint2>(p + lane * 8, uint2{words[0], words[1]});
   }
 }
+
+__device__ __forceinline__ uint8_t code_of(const uint32_t* words, int i) { return uint8_t(words[i / 4] >> (i % 4 * 8)); }
 
 // --- warps ----------------------------------------------------------------------------------------------------------
 
@@ -283,20 +310,14 @@ __device__ __forceinline__ int valid_in(int block, int64_t width, int64_t base) 
   return int(width - base < block ? width - base : block);
 }
 
-// One warp a neuron; two blocks of 256 elements in flight.
+// This lane's sums over one row; two blocks of 256 elements in flight.
 template <class W, class G>
-__global__ void __launch_bounds__(kThreads, 2) relevance_rows(const __grid_constant__ RelevanceArgs args) {
+__device__ __forceinline__ Sums row_sums(const W* w, const G* g, int64_t width, int64_t wc, int64_t gc, bool vector,
+                                         int lane) {
   constexpr bool wide = sizeof(W) == 4 && sizeof(G) == 4;
-  const int lane = int(threadIdx.x) % kWarp;
-  const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
-  if (warp >= args.total) return;
-  const RelevancePart& part = args.parts[find(args.parts, args.count, warp)];
-  const int64_t row = warp - part.start, width = part.width;
-  const W* w = at_row<W>(part.w, row);
-  const G* g = at_row<G>(part.g, row);
   Sums s{0.0f, 0.0f, 0.0f};
   int64_t base = 0;
-  if (part.vector) {
+  if (vector) {
     for (; base + 2 * kBlock <= width; base += 2 * kBlock) {
       float a[2][kPerLane], b[2][kPerLane];
 #pragma unroll
@@ -314,13 +335,24 @@ __global__ void __launch_bounds__(kThreads, 2) relevance_rows(const __grid_const
       add_sums<kPerLane>(s, a, b);
     }
   }
-  const int64_t wc = part.w.col_stride, gc = part.g.col_stride;
 #pragma unroll 4
   for (int64_t i = base + lane; i < width; i += kWarp) {
     const float a = to_float(w[i * wc]), b = to_float(g[i * gc]);
     add_sums<1>(s, &a, &b);
   }
-  s = warp_total(s);
+  return s;
+}
+
+// One warp a neuron.
+template <class W, class G>
+__global__ void __launch_bounds__(kThreads, sizeof(G) == 4 ? 4 : 5) relevance_rows(const __grid_constant__ RelevanceArgs args) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
+  if (warp >= args.total) return;
+  const RelevancePart& part = args.parts[find(args.parts, args.count, warp)];
+  const int64_t row = warp - part.start;
+  const Sums s = warp_total(row_sums(at_row<W>(part.w, row), at_row<G>(part.g, row), part.width, part.w.col_stride,
+                                     part.g.col_stride, part.vector, lane));
   if (lane == 0) part.sums[row] = s;
 }
 
@@ -441,14 +473,13 @@ __device__ __forceinline__ Call call_of(const UpdateArgs& args, const UpdateItem
   return call;
 }
 
-// The scale of a block whose elements lie with the warp, 8 a lane; NaN where one is not finite.
-__device__ __forceinline__ float block_scale(const float* values, bool is_signed) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const uint32_t u = !is_signed && values[i] < 0.0f ? 0u : float_bits(values[i]) & 0x7fffffffu;
-    largest = u > largest ? u : largest;
-  }
+// What the scale of a state's block is found from: the largest bits of a magnitude; NaN and Inf are above all numbers.
+__device__ __forceinline__ uint32_t magnitude_bits(float value, bool is_signed) {
+  return !is_signed && value < 0.0f ? 0u : float_bits(value) & 0x7fffffffu;
+}
+
+// The scale of a block whose largest bits each lane knows of its own elements; NaN where one is not finite.
+__device__ __forceinline__ float block_scale(uint32_t largest) {
   largest = warp_max(largest);
   return bits_float(largest < 0x7f800000u ? largest : 0x7fc00000u);
 }
@@ -459,15 +490,29 @@ struct Row {
   const UpdateItem& item;
   const Hyper& hyper;
   Call call;
-  int64_t j;
+  int64_t j, block;  // its place among the selected rows, its first block of 8-bit states
   W* w;
   const G* g;
   int lane;
 };
 
-// N x 32 elements of a row from `base` on. Fused: adds their relevance to `s`; steps where `selected`.
+__device__ __forceinline__ int64_t first_block(const UpdateItem& item, int64_t j) {
+  return j * ((item.width + kBlock - 1) / kBlock);
+}
+
+// What the weight itself becomes: its master's rounding, or the step's own.
+template <class W, class G>
+__device__ __forceinline__ void round_weight(const Row<W, G>& r, float w, int64_t column, W& out) {
+  if (r.hyper.stochastic && !r.item.master)
+    round_stochastically(w, random_bits(r.call.key, uint32_t(column), kWeightStream), out);
+  else
+    from_float(w, out);
+}
+
+// N x 32 elements of a selected row from `base` on. Fused: adds their relevance to `s`. 8-bit states take whole blocks.
 template <class W, class G, bool Packed, bool Fused, int N, bool Vector>
-__device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, bool selected, Sums& s) {
+__device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, Sums& s) {
+  static_assert(Vector || !Packed);
   constexpr bool wide = sizeof(W) == 4 && sizeof(G) == 4;
   const UpdateItem& item = r.item;
   const int lane = r.lane, valid = valid_in(N * kWarp, item.width, base);
@@ -476,22 +521,19 @@ __device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, boo
   float w[N], g[N], m[N], v[N];
   load<W, wide, N, Vector>(w_at, wc, lane, valid, w);
   load<G, wide, N, Vector>(r.g + base * gc, gc, lane, valid, g);
-  if (Fused) {
-    add_sums<N>(s, w, g);
-    if (!selected) return;
-  }
+  if (Fused) add_sums<N>(s, w, g);
   const int64_t at = r.j * item.width + base;
-  const int64_t block = r.j * ((item.width + kBlock - 1) / kBlock) + base / kBlock;
+  const int64_t block = r.block + base / kBlock;
   if (item.master) load<float, wide, N, Vector>(item.master + at, 1, lane, valid, w);
   if constexpr (Packed) {
-    uint8_t code[N];
-    load_codes<wide, Vector>(static_cast<const uint8_t*>(item.m) + at, lane, valid, code);
+    uint32_t codes[2];
+    load_codes<wide>(static_cast<const uint8_t*>(item.m) + at, lane, codes);
     const float m_scale = item.m_scale[block], v_scale = item.v_scale[block];
 #pragma unroll
-    for (int i = 0; i < N; ++i) m[i] = decode_signed(code[i], m_scale);
-    load_codes<wide, Vector>(static_cast<const uint8_t*>(item.v) + at, lane, valid, code);
+    for (int i = 0; i < N; ++i) m[i] = decode_signed(code_of(codes, i), m_scale);
+    load_codes<wide>(static_cast<const uint8_t*>(item.v) + at, lane, codes);
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = decode_unsigned(code[i], v_scale);
+    for (int i = 0; i < N; ++i) v[i] = decode_unsigned(code_of(codes, i), v_scale);
   } else {
     load<float, wide, N, Vector>(static_cast<const float*>(item.m) + at, 1, lane, valid, m);
     load<float, wide, N, Vector>(static_cast<const float*>(item.v) + at, 1, lane, valid, v);
@@ -499,26 +541,37 @@ __device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, boo
 #pragma unroll
   for (int i = 0; i < N; ++i)
     adamw_element(w[i], (g[i] * r.call.unscale) * r.call.factor, m[i], v[i], r.hyper, r.call.c);
+  if (item.master) store<float, wide, N, Vector>(item.master + at, 1, lane, valid, w);
+  W stored[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) round_weight(r, w[i], base + position<wide, Vector>(lane, i), stored[i]);
+  store<W, wide, N, Vector>(w_at, wc, lane, valid, stored);
   if constexpr (Packed) {
-    if (!Vector) {  // what lies beyond the row must not raise a scale
+    uint32_t m_largest = 0, v_largest = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (position<wide, Vector>(lane, i) >= valid) m[i] = v[i] = 0.0f;
+    for (int i = 0; i < N; ++i) {
+      const uint32_t a = magnitude_bits(m[i], true), b = magnitude_bits(v[i], false);
+      m_largest = a > m_largest ? a : m_largest;
+      v_largest = b > v_largest ? b : v_largest;
     }
-    const float m_scale = block_scale(m, true), v_scale = block_scale(v, false);
+    const float m_scale = block_scale(m_largest), v_scale = block_scale(v_largest);
     const float m_inverse = block_inverse(m_scale), v_inverse = block_inverse(v_scale);
-    uint8_t code[N];
+    uint32_t codes[2] = {0, 0};
+    // the barriers keep encodings apart: interleaved they need more registers than two blocks a processor leave
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      code[i] = encode_signed(m[i], m_inverse,
-                              random_bits(r.call.key, uint32_t(base + position<wide, Vector>(lane, i)), kAvgStream));
-    store_codes<wide, Vector>(static_cast<uint8_t*>(item.m) + at, lane, valid, code);
-    __syncwarp();  // keeps the two encodings apart: interleaved they need more registers than there are
+    for (int i = 0; i < N; ++i) {
+      const uint32_t bits = random_bits(r.call.key, uint32_t(base + position<wide, true>(lane, i)), kAvgStream);
+      codes[i / 4] |= uint32_t(encode_signed(m[i], m_inverse, bits)) << (i % 4 * 8);
+    }
+    store_codes<wide>(static_cast<uint8_t*>(item.m) + at, lane, codes);
+    __syncwarp();
+    codes[0] = codes[1] = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      code[i] = encode_unsigned(v[i], v_inverse,
-                                random_bits(r.call.key, uint32_t(base + position<wide, Vector>(lane, i)), kSqStream));
-    store_codes<wide, Vector>(static_cast<uint8_t*>(item.v) + at, lane, valid, code);
+    for (int i = 0; i < N; ++i) {
+      const uint32_t bits = random_bits(r.call.key, uint32_t(base + position<wide, true>(lane, i)), kSqStream);
+      codes[i / 4] |= uint32_t(encode_unsigned(v[i], v_inverse, bits)) << (i % 4 * 8);
+    }
+    store_codes<wide>(static_cast<uint8_t*>(item.v) + at, lane, codes);
     if (lane == 0) {
       item.m_scale[block] = m_scale;
       item.v_scale[block] = v_scale;
@@ -527,79 +580,115 @@ __device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, boo
     store<float, wide, N, Vector>(static_cast<float*>(item.m) + at, 1, lane, valid, m);
     store<float, wide, N, Vector>(static_cast<float*>(item.v) + at, 1, lane, valid, v);
   }
-  if (item.master) store<float, wide, N, Vector>(item.master + at, 1, lane, valid, w);
-  if (Packed) __syncwarp();
-  W stored[N];
-  if (r.hyper.stochastic && !item.master) {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      round_stochastically(
-          w[i], random_bits(r.call.key, uint32_t(base + position<wide, Vector>(lane, i)), kWeightStream), stored[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) from_float(w[i], stored[i]);
+}
+
+// Up to 256 elements of a selected row with 8-bit states, one by one: where nothing is aligned, and at a row's end. The
+// scale of a block is known after its last element only, so the moments are worked out twice; kept between, they would
+// take more registers than all the rest.
+template <class W, class G, bool Fused>
+__device__ __forceinline__ void step_packed_elements(const Row<W, G>& r, int64_t base, Sums& s) {
+  const UpdateItem& item = r.item;
+  const int valid = valid_in(kBlock, item.width, base), wc = item.w.col_stride, gc = item.g.col_stride;
+  const int64_t at = r.j * item.width + base, block = r.block + base / kBlock;
+  W* const w_at = r.w + base * wc;
+  const G* const g_at = r.g + base * gc;
+  uint8_t* const m_code = static_cast<uint8_t*>(item.m) + at;
+  uint8_t* const v_code = static_cast<uint8_t*>(item.v) + at;
+  const float m_scale = item.m_scale[block], v_scale = item.v_scale[block];
+  uint32_t m_largest = 0, v_largest = 0;
+#pragma unroll 1
+  for (int i = r.lane; i < valid; i += kWarp) {
+    float w = to_float(w_at[i * wc]);
+    const float g = to_float(g_at[i * gc]);
+    if (Fused) add_sums<1>(s, &w, &g);
+    if (item.master) w = item.master[at + i];
+    float m = decode_signed(m_code[i], m_scale), v = decode_unsigned(v_code[i], v_scale);
+    adamw_element(w, (g * r.call.unscale) * r.call.factor, m, v, r.hyper, r.call.c);
+    if (item.master) item.master[at + i] = w;
+    round_weight(r, w, base + i, w_at[i * wc]);
+    const uint32_t a = magnitude_bits(m, true), b = magnitude_bits(v, false);
+    m_largest = a > m_largest ? a : m_largest;
+    v_largest = b > v_largest ? b : v_largest;
   }
-  store<W, wide, N, Vector>(w_at, wc, lane, valid, stored);
+  const float m_new = block_scale(m_largest), v_new = block_scale(v_largest);
+  const float m_inverse = block_inverse(m_new), v_inverse = block_inverse(v_new);
+#pragma unroll 1
+  for (int i = r.lane; i < valid; i += kWarp) {
+    const float g = (to_float(g_at[i * gc]) * r.call.unscale) * r.call.factor;
+    float m = decode_signed(m_code[i], m_scale), v = decode_unsigned(v_code[i], v_scale);
+    adamw_moments(g, m, v, r.hyper);
+    m_code[i] = encode_signed(m, m_inverse, random_bits(r.call.key, uint32_t(base + i), kAvgStream));
+    v_code[i] = encode_unsigned(v, v_inverse, random_bits(r.call.key, uint32_t(base + i), kSqStream));
+  }
+  if (r.lane == 0) {
+    item.m_scale[block] = m_new;
+    item.v_scale[block] = v_new;
+  }
 }
 
 template <class W, class G, bool Packed, bool Fused>
-__device__ __forceinline__ void step_row(const Row<W, G>& r, bool selected, Sums& s) {
+__device__ __forceinline__ void step_row(const Row<W, G>& r, Sums& s) {
   int64_t base = 0;
   if (r.item.vector)
-    for (; base + kBlock <= r.item.width; base += kBlock)
-      step_block<W, G, Packed, Fused, kPerLane, true>(r, base, selected, s);
+    for (; base + kBlock <= r.item.width; base += kBlock) step_block<W, G, Packed, Fused, kPerLane, true>(r, base, s);
   if constexpr (Packed) {
-    for (; base < r.item.width; base += kBlock)
-      step_block<W, G, Packed, Fused, kPerLane, false>(r, base, selected, s);
+    for (; base < r.item.width; base += kBlock) step_packed_elements<W, G, Fused>(r, base, s);
   } else {
-    for (; base < r.item.width; base += kWarp) step_block<W, G, Packed, Fused, 1, false>(r, base, selected, s);
+    for (; base < r.item.width; base += kWarp) step_block<W, G, Packed, Fused, 1, false>(r, base, s);
   }
 }
 
+// Blocks that fit a processor together: as many as the registers allow without spilling anything (tests/csrc).
+template <class G, bool Packed>
+constexpr int kStepBlocks = Packed && sizeof(G) == 2 ? 3 : 2;
+
 // One warp a selected row.
 template <class W, class G, bool Packed>
-__global__ void __launch_bounds__(kThreads, Packed ? 1 : 2) sparse_adamw(const __grid_constant__ UpdateArgs args) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>) sparse_adamw(const __grid_constant__ UpdateArgs args) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
   if (warp >= args.total || (args.found_inf && *args.found_inf != 0.0f)) return;
   const UpdateItem& item = args.items[find(args.items, args.count, warp)];
   const int64_t j = warp - item.start, row = item.rows[j];
+  if (uint64_t(row) >= uint64_t(item.limit)) __trap();  // an error at the next synchronisation, as torch's indexing
   const Row<W, G> r{item,
                     args.hyper,
                     call_of(args, item, j, row),
                     j,
+                    first_block(item, j),
                     reinterpret_cast<W*>(item.w.data) + row * item.w.row_stride,
-                    reinterpret_cast<const G*>(item.g.data) + (item.compact ? j : row) * item.g.row_stride,
+                    at_row<G>(item.g, item.compact ? j : row),
                     lane};
   Sums unused{};
-  step_row<W, G, Packed, false>(r, true, unused);
+  step_row<W, G, Packed, false>(r, unused);
   __syncwarp();  // every lane has read the step
   if (lane == 0) item.step[j] = r.call.t;
 }
 
 // One warp a row: its relevance, and its step where it is selected. Weight and gradient are read once.
 template <class W, class G, bool Packed>
-__global__ void __launch_bounds__(kThreads, Packed ? 1 : 2) relevance_sparse_adamw(const __grid_constant__ UpdateArgs args) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>)
+    relevance_sparse_adamw(const __grid_constant__ UpdateArgs args) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
   if (warp >= args.total) return;
   const UpdateItem& item = args.items[find(args.items, args.count, warp)];
   const int64_t row = warp - item.start;
-  int64_t j = find_row(item.rows, item.k, row, lane);
-  if (args.found_inf && *args.found_inf != 0.0f) j = -1;
-  const Row<W, G> r{item,
-                    args.hyper,
-                    j >= 0 ? call_of(args, item, j, row) : Call{},
-                    j,
-                    reinterpret_cast<W*>(item.w.data) + row * item.w.row_stride,
-                    reinterpret_cast<const G*>(item.g.data) + row * item.g.row_stride,
-                    lane};
+  W* const w = reinterpret_cast<W*>(item.w.data) + row * item.w.row_stride;
+  const G* const g = at_row<G>(item.g, row);
+  const bool skip = args.found_inf && *args.found_inf != 0.0f;
+  const int64_t j = skip ? -1 : find_row(item.rows, item.limit, row, lane);
   Sums s{0.0f, 0.0f, 0.0f};
-  step_row<W, G, Packed, true>(r, j >= 0, s);
+  if (j < 0) {
+    s = row_sums(static_cast<const W*>(w), g, item.width, item.w.col_stride, item.g.col_stride, item.vector, lane);
+  } else {
+    const Row<W, G> r{item, args.hyper, call_of(args, item, j, row), j, first_block(item, j), w, g, lane};
+    step_row<W, G, Packed, true>(r, s);
+    __syncwarp();  // every lane has read the step
+    if (lane == 0) item.step[j] = r.call.t;
+  }
   s = warp_total(s);
   if (lane == 0) item.sums[row] = s;
-  __syncwarp();
-  if (lane == 0 && j >= 0) item.step[j] = r.call.t;
 }
 
 }  // namespace leaml::cuda

@@ -1,42 +1,63 @@
 // The CUDA implementations of torch.ops.leaml.*: arguments packed by value, one launch for all tensors of a dtype.
+//
+// Covers: packing, alignment, the limits of one launch. The tests run this file on the CPU too: with LEAML_EMULATED,
+// tests/csrc/emulated_ops.cpp has defined Device, launch and the rest of what the first block here is for a GPU.
+// Does not cover: what a kernel does (kernels.cuh) and checks of arguments (ops_common.h).
+#if !defined(LEAML_EMULATED)
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <algorithm>
-#include <memory>
-
+#include "kernels.cuh"
 #include "ops_common.h"
 
-namespace leaml::cuda {
-__device__ __forceinline__ uint4 load16(const uint4* p) { return *p; }
-__device__ __forceinline__ void store16(uint4* p, const uint4& x) { *p = x; }
-}  // namespace leaml::cuda
+#define LEAML_LIBRARY leaml
+#define LEAML_KEY CUDA
 
-#include "kernels.cuh"
+namespace leaml {
+
+constexpr bool kOnDevice = true;
+
+// The device of a call's first tensor, current for the time of the call, and its current stream.
+struct Device {
+  int32_t index;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+  explicit Device(const Tensor& first) : index(index_of(first)), guard(index) {
+    void* raw = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &raw));
+    stream = static_cast<cudaStream_t>(raw);
+  }
+  Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) const {
+    return torch::stable::empty(size, dtype, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CUDA, index));
+  }
+  static int32_t index_of(const Tensor& first) {
+    STD_TORCH_CHECK(first.is_cuda(), "the first weight: wanted a tensor on the CUDA device of the others");
+    return first.get_device_index();
+  }
+};
+
+template <class Kernel, class... Args>
+void launch(const Device& device, unsigned blocks, Kernel kernel, const Args&... args) {
+  kernel<<<blocks, cuda::kThreads, 0, device.stream>>>(args...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace leaml
+#endif
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
 
 namespace leaml {
 namespace {
 
 using cuda::kThreads;
 using cuda::kWarps;
-
-struct Device {
-  int32_t index;
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-  explicit Device(const Tensor& first) : index(first.get_device_index()), guard(index) {
-    void* raw = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &raw));
-    stream = static_cast<cudaStream_t>(raw);
-  }
-  Tensor bytes(int64_t count) const {
-    return torch::stable::empty({count}, ScalarType::Byte, std::nullopt,
-                                torch::stable::Device(torch::headeronly::DeviceType::CUDA, index));
-  }
-};
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;
@@ -79,7 +100,7 @@ struct Workspace {
   Workspace(const Device& device, const std::vector<int64_t>& neurons) {
     int64_t total = 0;
     for (int64_t n : neurons) total += n;
-    memory = device.bytes(std::max<int64_t>(1, total * int64_t(sizeof(Sums))));
+    memory = device.empty({std::max<int64_t>(1, total * int64_t(sizeof(Sums)))}, ScalarType::Byte);
     Sums* p = static_cast<Sums*>(memory.data_ptr());
     for (int64_t n : neurons) {
       sums.push_back(p);
@@ -98,10 +119,9 @@ void launch_relevance(const Device& device, const std::vector<Part>& parts, cons
             using W = decltype(wt);
             using G = decltype(gt);
             if (dim == 0)
-              cuda::relevance_rows<W, G><<<blocks_for(args->total, kWarps), kThreads, 0, device.stream>>>(*args);
+              launch(device, blocks_for(args->total, kWarps), cuda::relevance_rows<W, G>, *args);
             else
-              cuda::relevance_columns<W, G><<<blocks_for(args->total, 1), kThreads, 0, device.stream>>>(*args);
-            STD_CUDA_KERNEL_LAUNCH_CHECK();
+              launch(device, blocks_for(args->total, 1), cuda::relevance_columns<W, G>, *args);
           });
         args->total = 0;
         args->count = 0;
@@ -120,15 +140,20 @@ void launch_relevance(const Device& device, const std::vector<Part>& parts, cons
     }
 }
 
+// The parts of each slot.
+std::vector<std::vector<size_t>> members_of(const std::vector<int>& slots, size_t count) {
+  std::vector<std::vector<size_t>> members(count);
+  for (size_t i = 0; i < slots.size(); ++i) members[size_t(slots[i])].push_back(i);
+  return members;
+}
+
 Tensor finish(const Device& device, const std::vector<int>& slots, const Workspace& work, const std::vector<Output>& out,
               const std::vector<int64_t>& criteria, const float* scale, const float* found_inf) {
-  Tensor result = torch::stable::empty({}, ScalarType::Float, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device.index));
-  std::vector<std::vector<size_t>> members(out.size());
-  for (size_t i = 0; i < slots.size(); ++i) members[size_t(slots[i])].push_back(i);
+  Tensor result = device.empty({}, ScalarType::Float);
+  const std::vector<std::vector<size_t>> members = members_of(slots, out.size());
   int64_t most = 0;
   for (const Output& o : out) most += o.neurons / kThreads + 1;
-  Tensor partials = device.bytes(8 * std::max<int64_t>(1, most));
+  Tensor partials = device.empty({8 * std::max<int64_t>(1, most)}, ScalarType::Byte);
   int64_t used = 0;
   auto args = std::make_unique<cuda::FinishArgs>();
   args->scale = scale;
@@ -141,16 +166,13 @@ Tensor finish(const Device& device, const std::vector<int>& slots, const Workspa
     if (args->total == 0) return;
     args->partials = static_cast<double*>(partials.data_ptr()) + used;
     const unsigned blocks = blocks_for(args->total, kThreads);
-    cuda::finish_relevance<<<blocks, kThreads, 0, device.stream>>>(*args);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(device, blocks, cuda::finish_relevance, *args);
     used += blocks;
     args->total = args->count = 0;
     part_count = 0;
   };
   for (size_t j = 0; j < out.size(); ++j) {
     if (members[j].empty() || out[j].neurons == 0) continue;
-    STD_TORCH_CHECK(members[j].size() <= size_t(cuda::kMaxSlotParts), "slot ", j, ": wanted at most ",
-                    cuda::kMaxSlotParts, " parts, got ", members[j].size());
     if (args->count == cuda::kMaxSlots || part_count + int(members[j].size()) > cuda::kMaxSlotParts) flush();
     args->slots[args->count++] = {out[j].data, out[j].criterion_stride, out[j].neuron_stride,    out[j].neurons,
                                   args->total, part_count,              int32_t(members[j].size())};
@@ -158,9 +180,8 @@ Tensor finish(const Device& device, const std::vector<int>& slots, const Workspa
     for (size_t p : members[j]) args->parts[part_count++] = work.sums[p];
   }
   flush();
-  cuda::sum_partials<<<1, kThreads, 0, device.stream>>>(static_cast<const double*>(partials.data_ptr()), used,
-                                                        static_cast<float*>(result.data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(device, 1, cuda::sum_partials, static_cast<const double*>(partials.data_ptr()), used,
+         static_cast<float*>(result.data_ptr()));
   return result;
 }
 
@@ -169,18 +190,22 @@ Tensor neuron_relevance_cuda(Tensors weights, Tensors grads, Tensors out, std::v
                              std::optional<Tensor> found_inf) {
   STD_TORCH_CHECK(!weights.empty(), "weights: wanted at least one tensor, got none");
   const Device device(weights[0]);
-  const std::vector<Output> outputs = outputs_of(out, criteria, true, device.index);
-  const std::vector<Part> parts = parts_of(weights, grads, dims, slots, outputs, true, device.index);
+  const std::vector<Output> outputs = outputs_of(out, criteria, kOnDevice, device.index);
+  const std::vector<Part> parts = parts_of(weights, grads, dims, slots, outputs, kOnDevice, device.index);
   std::vector<int64_t> neurons;
   std::vector<int> own;
   for (const Part& p : parts) {
     neurons.push_back(p.neurons());
     own.push_back(p.slot);
   }
+  for (const auto& some : members_of(own, outputs.size()))
+    STD_TORCH_CHECK(some.size() <= size_t(cuda::kMaxSlotParts), "slots: wanted at most ", cuda::kMaxSlotParts,
+                    " weights in one slot, got ", some.size());
+  const float* scale = scalar_of(grad_scale, "grad_scale", kOnDevice, device.index);
+  const float* skip = scalar_of(found_inf, "found_inf", kOnDevice, device.index);
   const Workspace work(device, neurons);
   launch_relevance(device, parts, work);
-  return finish(device, own, work, outputs, criteria, scalar_of(grad_scale, "grad_scale", true, device.index),
-                scalar_of(found_inf, "found_inf", true, device.index));
+  return finish(device, own, work, outputs, criteria, scale, skip);
 }
 
 // --- sparse AdamW and the fusion -------------------------------------------------------------------------------------
@@ -197,6 +222,11 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, co
   args->clip = scalars.clip;
   args->scale = scalars.scale;
   args->found_inf = scalars.found_inf;
+  for (const Update& u : updates) view_of(u.w), view_of(u.g);  // whatever is refused is refused before the first launch
+  // the longest rows first: started last, a few of them would run alone at the end
+  std::vector<size_t> order(updates.size());
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return updates[a].width > updates[b].width; });
   for (const auto& [w, g] : kPairs) {
     bool packed = false;
     auto flush = [&] {
@@ -206,21 +236,20 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, co
           using G = decltype(gt);
           const unsigned blocks = blocks_for(args->total, kWarps);
           if (work && packed)
-            cuda::relevance_sparse_adamw<W, G, true><<<blocks, kThreads, 0, device.stream>>>(*args);
+            launch(device, blocks, cuda::relevance_sparse_adamw<W, G, true>, *args);
           else if (work)
-            cuda::relevance_sparse_adamw<W, G, false><<<blocks, kThreads, 0, device.stream>>>(*args);
+            launch(device, blocks, cuda::relevance_sparse_adamw<W, G, false>, *args);
           else if (packed)
-            cuda::sparse_adamw<W, G, true><<<blocks, kThreads, 0, device.stream>>>(*args);
+            launch(device, blocks, cuda::sparse_adamw<W, G, true>, *args);
           else
-            cuda::sparse_adamw<W, G, false><<<blocks, kThreads, 0, device.stream>>>(*args);
-          STD_CUDA_KERNEL_LAUNCH_CHECK();
+            launch(device, blocks, cuda::sparse_adamw<W, G, false>, *args);
         });
       args->total = 0;
       args->count = 0;
     };
     args->total = 0;
     args->count = 0;
-    for (size_t i = 0; i < updates.size(); ++i) {
+    for (size_t i : order) {
       const Update& u = updates[i];
       const int64_t warps = work ? u.w.rows : u.k;
       if (u.w.dtype != w || u.g.dtype != g || warps == 0) continue;
@@ -239,7 +268,7 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, co
       item.step = u.step;
       item.sums = work ? work->sums[i] : nullptr;
       item.width = u.width;
-      item.k = u.k;
+      item.limit = work ? u.k : u.w.rows;
       item.start = args->total;
       item.index = int32_t(i);
       item.compact = u.compact;
@@ -260,11 +289,12 @@ void sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_
   STD_TORCH_CHECK(!params.empty(), "params: wanted at least one tensor, got none");
   const Device device(params[0]);
   const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
-                                                 exp_avg_sq_scale, masters, false, true, device.index);
+                                                 exp_avg_sq_scale, masters, false, kOnDevice, device.index);
   const Hyper hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed);
-  const Scalars scalars{scalar_of(lr_tensor, "lr", true, device.index), scalar_of(clip_coef, "clip_coef", true, device.index),
-                        scalar_of(grad_scale, "grad_scale", true, device.index),
-                        scalar_of(found_inf, "found_inf", true, device.index)};
+  const Scalars scalars{scalar_of(lr_tensor, "lr", kOnDevice, device.index),
+                        scalar_of(clip_coef, "clip_coef", kOnDevice, device.index),
+                        scalar_of(grad_scale, "grad_scale", kOnDevice, device.index),
+                        scalar_of(found_inf, "found_inf", kOnDevice, device.index)};
   launch_updates(device, updates, hyper, scalars, nullptr);
 }
 
@@ -277,9 +307,9 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   STD_TORCH_CHECK(!params.empty(), "params: wanted at least one tensor, got none");
   check_count("out", out, params);
   const Device device(params[0]);
-  const std::vector<Output> outputs = outputs_of(out, criteria, true, device.index);
+  const std::vector<Output> outputs = outputs_of(out, criteria, kOnDevice, device.index);
   const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
-                                                 exp_avg_sq_scale, masters, true, true, device.index);
+                                                 exp_avg_sq_scale, masters, true, kOnDevice, device.index);
   std::vector<int64_t> neurons;
   std::vector<int> slots;
   for (size_t i = 0; i < updates.size(); ++i) {
@@ -290,10 +320,10 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   }
   const Workspace work(device, neurons);
   const Hyper hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed);
-  const float* scale = scalar_of(grad_scale, "grad_scale", true, device.index);
-  const float* skip = scalar_of(found_inf, "found_inf", true, device.index);
-  const Scalars scalars{scalar_of(lr_tensor, "lr", true, device.index), scalar_of(clip_coef, "clip_coef", true, device.index),
-                        scale, skip};
+  const float* scale = scalar_of(grad_scale, "grad_scale", kOnDevice, device.index);
+  const float* skip = scalar_of(found_inf, "found_inf", kOnDevice, device.index);
+  const Scalars scalars{scalar_of(lr_tensor, "lr", kOnDevice, device.index),
+                        scalar_of(clip_coef, "clip_coef", kOnDevice, device.index), scale, skip};
   launch_updates(device, updates, hyper, scalars, &work);
   return finish(device, slots, work, outputs, criteria, scale, skip);
 }
@@ -303,7 +333,7 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
 
 // select_top stays with torch's device sort (leaml_plugin/ops/reference.py): a sort of a million scores takes less than
 // reading the weights they belong to by two orders of magnitude.
-STABLE_TORCH_LIBRARY_IMPL(leaml, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(LEAML_LIBRARY, LEAML_KEY, m) {
   m.impl("neuron_relevance_", TORCH_BOX(&leaml::neuron_relevance_cuda));
   m.impl("sparse_adamw_", TORCH_BOX(&leaml::sparse_adamw_cuda));
   m.impl("relevance_sparse_adamw_", TORCH_BOX(&leaml::relevance_sparse_adamw_cuda));
