@@ -192,82 +192,86 @@ LEAML_HD Sums row_body(const A* w, const B* g, int64_t n) {
 }
 
 #if defined(LEAML_DISPATCH)
-// fp16 in hardware. The twins of these are row_body<W> over fp16 and load_body / store_body.
+// fp16 in hardware: a compiler does not turn to_float(fp16) into the instruction. The twins of what follows are
+// row_body<W> over fp16, load_body / store_body and step_row_body.
 #define LEAML_V3 __attribute__((target("arch=x86-64-v3")))
 #define LEAML_V4 __attribute__((target("arch=x86-64-v4")))
 
-LEAML_V3 Sums relevance_f16_v3(const void* weights, const void* grads, int64_t n) {
-  const fp16 *w = static_cast<const fp16*>(weights), *g = static_cast<const fp16*>(grads);
-  Lanes lanes;
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  __m256 wg[4], aw[4], gg[4];
-  for (int k = 0; k < 4; ++k) wg[k] = aw[k] = gg[k] = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    if (i % kPage<fp16, fp16> == 0) touch_next_pages(w + i, g + i);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const __m256 a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i + 8 * k)));
-      const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(g + i + 8 * k)));
-      const __m256 p = _mm256_mul_ps(a, b);
-      wg[k] = _mm256_add_ps(wg[k], p);
-      aw[k] = _mm256_add_ps(aw[k], _mm256_and_ps(p, magnitude));
-      gg[k] = _mm256_add_ps(gg[k], _mm256_mul_ps(b, b));
-    }
-  }
-  put(wg, lanes.wg), put(aw, lanes.abs_wg), put(gg, lanes.gg);
-  for (int k = 0; i < n; ++i, ++k) {
-    const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
-    lanes.wg[k] += p;
-    lanes.abs_wg[k] += fabsf(p);
-    lanes.gg[k] += b * b;
-  }
-  return total_of(lanes, true);
+LEAML_V3 LEAML_HD void widen(const fp16* p, __m256& out) {
+  out = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+LEAML_V4 LEAML_HD void widen(const fp16* p, __m512& out) {
+  out = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LEAML_V3 LEAML_HD void widen(const float* p, __m256& out) { out = _mm256_loadu_ps(p); }
+LEAML_V4 LEAML_HD void widen(const float* p, __m512& out) { out = _mm512_loadu_ps(p); }
+// NaN becomes the one that from_float makes.
+LEAML_V3 LEAML_HD void narrow(const __m256& x, fp16* p) {
+  const __m256 canonical = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  const __m256 y = _mm256_blendv_ps(x, canonical, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+}
+LEAML_V4 LEAML_HD void narrow(const __m512& x, fp16* p) {
+  const __m512 canonical = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+  const __m512 y = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x, canonical);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+}
+LEAML_V3 LEAML_HD void root(const __m256& x, __m256& out) { out = _mm256_sqrt_ps(x); }
+LEAML_V4 LEAML_HD void root(const __m512& x, __m512& out) { out = _mm512_sqrt_ps(x); }
+LEAML_V3 LEAML_HD void magnitude(const __m256& x, __m256& out) {
+  out = _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
+}
+LEAML_V4 LEAML_HD void magnitude(const __m512& x, __m512& out) { out = _mm512_abs_ps(x); }
 
-LEAML_V4 Sums relevance_f16_v4(const void* weights, const void* grads, int64_t n) {
-  const fp16 *w = static_cast<const fp16*>(weights), *g = static_cast<const fp16*>(grads);
-  Lanes lanes;
-  __m512 wg[2], aw[2], gg[2];
-  for (int k = 0; k < 2; ++k) wg[k] = aw[k] = gg[k] = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    if (i % kPage<fp16, fp16> == 0) touch_next_pages(w + i, g + i);
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k) {
-      const __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i + 16 * k)));
-      const __m512 b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(g + i + 16 * k)));
-      const __m512 p = _mm512_mul_ps(a, b);
-      wg[k] = _mm512_add_ps(wg[k], p);
-      aw[k] = _mm512_add_ps(aw[k], _mm512_abs_ps(p));
-      gg[k] = _mm512_add_ps(gg[k], _mm512_mul_ps(b, b));
-    }
+#define LEAML_RELEVANCE_F16(name, target, F) \
+  template <bool Absolute> \
+  target Sums name(const void* weights, const void* grads, int64_t n) { \
+    const fp16 *w = static_cast<const fp16*>(weights), *g = static_cast<const fp16*>(grads); \
+    constexpr int width = sizeof(F) / 4, vectors = kLanes / width; \
+    Lanes lanes; \
+    F wg[vectors], abs_wg[vectors], gg[vectors]; \
+    for (int k = 0; k < vectors; ++k) wg[k] = abs_wg[k] = gg[k] = F{}; \
+    int64_t i = 0; \
+    while (i + kLanes <= n) { \
+      touch_next_pages(w + i, g + i); \
+      const int64_t stop = n - i < kPage<fp16, fp16> ? n : i + kPage<fp16, fp16>; \
+      for (; i + kLanes <= stop; i += kLanes) { \
+        _Pragma("GCC unroll 4") for (int k = 0; k < vectors; ++k) { \
+          F a, b, size; \
+          widen(w + i + width * k, a), widen(g + i + width * k, b); \
+          const F p = a * b; \
+          wg[k] += p; \
+          if constexpr (Absolute) magnitude(p, size), abs_wg[k] += size; \
+          gg[k] += b * b; \
+        } \
+      } \
+    } \
+    put(wg, lanes.wg), put(gg, lanes.gg); \
+    if constexpr (Absolute) put(abs_wg, lanes.abs_wg); \
+    for (int k = 0; i < n; ++i, ++k) { \
+      const float a = to_float(w[i]), b = to_float(g[i]), p = a * b; \
+      lanes.wg[k] += p; \
+      if constexpr (Absolute) lanes.abs_wg[k] += fabsf(p); \
+      lanes.gg[k] += b * b; \
+    } \
+    return total_of(lanes, Absolute); \
   }
-  put(wg, lanes.wg), put(aw, lanes.abs_wg), put(gg, lanes.gg);
-  for (int k = 0; i < n; ++i, ++k) {
-    const float a = to_float(w[i]), b = to_float(g[i]), p = a * b;
-    lanes.wg[k] += p;
-    lanes.abs_wg[k] += fabsf(p);
-    lanes.gg[k] += b * b;
-  }
-  return total_of(lanes, true);
-}
+LEAML_RELEVANCE_F16(relevance_f16_v3, LEAML_V3, __m256)
+LEAML_RELEVANCE_F16(relevance_f16_v4, LEAML_V4, __m512)
 
 LEAML_V3 void load_f16_v3(const fp16* source, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+  for (; i + 8 <= n; i += 8) {
+    __m256 x;
+    widen(source + i, x);
+    _mm256_storeu_ps(out + i, x);
+  }
   for (; i < n; ++i) out[i] = to_float(source[i]);
 }
 
 LEAML_V3 void store_f16_v3(const float* values, int64_t n, fp16* target) {
-  const __m256 canonical = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));  // the one NaN that from_float makes
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256 x = _mm256_loadu_ps(values + i);
-    const __m256 y = _mm256_blendv_ps(x, canonical, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
-  }
+  for (; i + 8 <= n; i += 8) narrow(_mm256_loadu_ps(values + i), target + i);
   for (; i < n; ++i) from_float(values[i], target[i]);
 }
 
@@ -454,29 +458,6 @@ LEAML_STEP_ROW(step_bf16_f32_stochastic, bf16, float, Keep::stochastic)
 LEAML_STEP_ROW(step_bf16_f32_master, bf16, float, Keep::master)
 
 #if defined(LEAML_DISPATCH)
-// fp16 in hardware: a compiler does not turn to_float(fp16) into the instruction. Width is that of F.
-LEAML_V3 LEAML_HD void widen(const fp16* p, __m256& out) {
-  out = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-LEAML_V4 LEAML_HD void widen(const fp16* p, __m512& out) {
-  out = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-// NaN becomes the one that from_float makes.
-LEAML_V3 LEAML_HD void narrow(const __m256& x, fp16* p) {
-  const __m256 canonical = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-  const __m256 y = _mm256_blendv_ps(x, canonical, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
-}
-LEAML_V4 LEAML_HD void narrow(const __m512& x, fp16* p) {
-  const __m512 canonical = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
-  const __m512 y = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x, canonical);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
-}
-LEAML_V3 LEAML_HD void root(const __m256& x, __m256& out) { out = _mm256_sqrt_ps(x); }
-LEAML_V4 LEAML_HD void root(const __m512& x, __m512& out) { out = _mm512_sqrt_ps(x); }
-LEAML_V3 LEAML_HD void widen(const float* p, __m256& out) { out = _mm256_loadu_ps(p); }
-LEAML_V4 LEAML_HD void widen(const float* p, __m512& out) { out = _mm512_loadu_ps(p); }
-
 #define LEAML_STEP_F16(name, target, F) \
   template <Keep keep, class G> \
   target void name(LEAML_STEP_ARGUMENTS) { \
@@ -587,7 +568,8 @@ RowRelevance row_relevance(Type wt, Type gt, bool absolute) {
   if (wt == Type::f32) return relevance_f32_f32(absolute);
   if (wt == Type::bf16) return gt == Type::f32 ? relevance_bf16_f32(absolute) : relevance_bf16_bf16(absolute);
 #if defined(LEAML_DISPATCH)
-  if (gt == Type::f16 && level() >= 3) return level() == 4 ? relevance_f16_v4 : relevance_f16_v3;
+  if (gt == Type::f16 && level() == 4) return absolute ? relevance_f16_v4<true> : relevance_f16_v4<false>;
+  if (gt == Type::f16 && level() == 3) return absolute ? relevance_f16_v3<true> : relevance_f16_v3<false>;
 #endif
   return gt == Type::f32 ? relevance_f16_f32(absolute) : relevance_f16_f16(absolute);
 }
