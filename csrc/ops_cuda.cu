@@ -214,8 +214,9 @@ struct Scalars {
   const float *lr, *clip, *scale, *found_inf;
 };
 
-void launch_updates(const Device& device, const std::vector<Update>& updates, const Hyper& hyper, const Scalars& scalars,
-                    const Workspace* work) {
+// `packed`: 8-bit states. Not seen by a tensor's scales, of which a row without elements has none.
+void launch_updates(const Device& device, const std::vector<Update>& updates, bool packed, const Hyper& hyper,
+                    const Scalars& scalars, const Workspace* work) {
   auto args = std::make_unique<cuda::UpdateArgs>();
   args->hyper = hyper;
   args->lr = scalars.lr;
@@ -228,7 +229,6 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, co
   std::iota(order.begin(), order.end(), size_t(0));
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return updates[a].width > updates[b].width; });
   for (const auto& [w, g] : kPairs) {
-    bool packed = false;
     auto flush = [&] {
       if (args->total > 0)
         dispatch(w, g, [&](auto wt, auto gt) {
@@ -253,7 +253,6 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, co
       const Update& u = updates[i];
       const int64_t warps = work ? u.w.rows : u.k;
       if (u.w.dtype != w || u.g.dtype != g || warps == 0) continue;
-      packed = u.m_scale != nullptr;
       if (args->count == cuda::kMaxUpdates) flush();
       const int64_t state_bytes = u.width * (packed ? 1 : 4);
       cuda::UpdateItem item{};
@@ -295,7 +294,7 @@ void sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_
                         scalar_of(clip_coef, "clip_coef", kOnDevice, device.index),
                         scalar_of(grad_scale, "grad_scale", kOnDevice, device.index),
                         scalar_of(found_inf, "found_inf", kOnDevice, device.index)};
-  launch_updates(device, updates, hyper, scalars, nullptr);
+  launch_updates(device, updates, !exp_avg_scale.empty(), hyper, scalars, nullptr);
 }
 
 Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
@@ -324,7 +323,7 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   const float* skip = scalar_of(found_inf, "found_inf", kOnDevice, device.index);
   const Scalars scalars{scalar_of(lr_tensor, "lr", kOnDevice, device.index),
                         scalar_of(clip_coef, "clip_coef", kOnDevice, device.index), scale, skip};
-  launch_updates(device, updates, hyper, scalars, &work);
+  launch_updates(device, updates, !exp_avg_scale.empty(), hyper, scalars, &work);
   return finish(device, slots, work, outputs, criteria, scale, skip);
 }
 

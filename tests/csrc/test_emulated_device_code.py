@@ -1,4 +1,4 @@
-"""The CUDA ops, host side and kernels, run on the CPU, against the reference twins; with mutants that must be caught."""
+"""The CUDA ops, host side and kernels, run on the CPU, against their twins; with mutants that must be caught."""
 
 from __future__ import annotations
 
@@ -151,6 +151,13 @@ def test_more_tensors_than_one_launch_takes(device):
     check_step(device, whole, fused=True, steps=1)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_without_elements_do_not_hide_8_bit_states(device, fused):
+    """Their scales are empty, so their pointers are null; every step still counts."""
+    for shapes in ([(2, 256), (17, 0)], [(17, 0), (2, 256)], [(3, 0)]):
+        check_step(device, make_problem(shapes, density=1.0, eight_bit=True), fused)
+
+
 def test_the_longest_rows_start_first_and_keep_their_random_numbers(device):
     problem = make_problem([(8, 64), (8, 1024), (8, 256)], torch.bfloat16, stochastic_rounding=True, density=1.0)
     check_step(device, problem)
@@ -262,7 +269,7 @@ MUTANTS = (
     # a reduction that forgets half the warp
     ("offset = kWarp / 2; offset > 0; offset /= 2) x +=", "offset = kWarp / 4; offset > 0; offset /= 2) x +="),
     # moments of an unaligned 8-bit row that are not the same in its two walks
-    ("const float g = (to_float(g_at[i * gc]) * r.call.unscale) * r.call.factor", "const float g = to_float(g_at[i * gc])"),
+    ("const float g = (to_float(g_at[i * gc]) * r.call.unscale) *", "const float g = to_float(g_at[i * gc]) *"),
     # a step that takes the gradient of another row
     ("item.compact ? j : row", "item.compact ? row : j"),
     # random numbers that depend on the order of the launch
