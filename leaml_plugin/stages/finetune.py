@@ -39,8 +39,9 @@ class FinetuneConfig:
     Attributes:
         train: the loop; ``batch_size`` counts labelled and pseudo-labelled samples together.
         mode: "full", "selected" (the selected neurons only) or "lora".
-        pseudo_share: share of every batch that is pseudo-labelled, where there are pseudo-QA pairs; at least one
-            sample of either kind.
+        pseudo_share: the largest share of every batch that is pseudo-labelled. Where there are fewer pairs than that
+            share of all questions, they take the share that they have: many labels are not to learn half the time
+            from a few pairs. At least one sample of either kind.
         lora_rank, lora_alpha, lora_dropout: of the "lora" mode.
         targets: regular expression over module names for "lora"; empty: the language model's Linears.
     """
@@ -130,7 +131,8 @@ def _streams(config: FinetuneConfig, prompts: Prompts, labels: Sequence[QA], pse
     batch = config.train.batch_size
     if pseudo and batch < 2:
         raise LeamlError("finetune: labels and pseudo-labels share every batch; set train.batch_size to at least 2.")
-    from_pseudo = min(batch - 1, max(1, round(config.pseudo_share * batch))) if pseudo else 0
+    share = min(config.pseudo_share, len(pseudo) / (len(pseudo) + len(labels))) if pseudo else 0.0
+    from_pseudo = min(batch - 1, max(1, round(share * batch))) if pseudo else 0
     streams = [Stream("labels", [prompts.vqa(qa) for qa in labels], batch - from_pseudo)]
     if from_pseudo:
         streams.append(Stream("pseudo", Mapped(pseudo, prompts.vqa), from_pseudo, skips=True))

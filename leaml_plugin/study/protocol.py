@@ -34,7 +34,7 @@ class Protocol:
         mode: what the VQA model of the methods with pseudo-QA trains: "full", "selected" or "lora".
         pseudo_pictures: unlabelled pictures that the generator writes about.
         samples, temperature, top_p: texts a picture, and how they are drawn.
-        pseudo_share: share of pseudo-labelled questions in a batch.
+        pseudo_share: the largest share of pseudo-labelled questions in a batch.
         rounds: of self-training, of the methods with pseudo-QA: every round takes their steps again. None ends early.
         mix: target mix over families of questions, as ``GenerateConfig.mix``; empty: none.
         agreement, known_questions, min_logprob, keep_share, round_trip, blind, caption, answer_share: of the filter,

@@ -152,6 +152,11 @@ def test_labels_and_pseudo_labels_share_every_batch(tools, labels):
     little = dataclasses.replace(config, train=TrainConfig(batch_size=2), pseudo_share=0.01)
     streams = finetune._streams(little, tools["prompts"], labels, labels)
     assert [(s.name, s.count) for s in streams] == [("labels", 1), ("pseudo", 1)]
+    # few pairs beside many labels: no more than their share of all questions
+    half = dataclasses.replace(config, pseudo_share=0.5)
+    for count, times, wanted in ((1, 1, 2), (1, 2, 1), (1, 20, 1), (2, 1, 3), (4, 1, 4), (12, 1, 4)):
+        streams = finetune._streams(half, tools["prompts"], labels[:4] * times, (labels * 3)[:count])
+        assert streams[1].count == wanted, (count, times)
     one = dataclasses.replace(config, train=TrainConfig(batch_size=1))
     with pytest.raises(LeamlError, match="at least 2"):
         finetune._streams(one, tools["prompts"], labels, labels)
