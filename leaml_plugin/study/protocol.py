@@ -203,7 +203,12 @@ def learning_rate(method: str) -> float:
 
 def vqa_rate(protocol: Protocol, method: str = "leaml") -> float:
     """The tuned rate of a VQA model that is trained with pseudo-QA, by what it trains."""
-    return VQA_RATES[METHODS[method].learner or protocol.mode]
+    return VQA_RATES[vqa_mode(protocol, method)]
+
+
+def vqa_mode(protocol: Protocol, method: str) -> str:
+    """What the VQA model of a method with pseudo-QA trains: the protocol's word, or the method's own."""
+    return METHODS[method].learner or protocol.mode
 
 
 def budget_of(method: str, labels: float) -> float:

@@ -39,7 +39,7 @@ from leaml_plugin.records import QA, Prediction, PseudoQA
 from leaml_plugin.selection import Selection, all_neurons
 from leaml_plugin.stages import filter, finetune, generate, relevance, train_generator, verify
 from leaml_plugin.study import packed
-from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, learning_rate, vqa_rate
+from leaml_plugin.study.protocol import METHODS, Method, Protocol, budget_of, learning_rate, vqa_mode, vqa_rate
 from leaml_plugin.study.statistics import pack_bits
 from leaml_plugin.study.world import Labels, World
 from leaml_plugin.training import Objective, Stream, TrainConfig, train
@@ -140,7 +140,7 @@ def stage_configs(protocol: Protocol, method: str, seed: int, rate: float, finet
         )
         out["finetune"] = finetune.FinetuneConfig(
             train=loop(protocol.steps, finetune_rate),
-            mode=spec.learner or protocol.mode,
+            mode=vqa_mode(protocol, method),
             pseudo_share=protocol.pseudo_share,
             lora_rank=protocol.lora_rank,
             lora_alpha=2 * protocol.lora_rank,

@@ -21,10 +21,10 @@ from leaml_plugin.records import QA, Picture, PseudoQA
 from leaml_plugin.study.packed import PictureStore
 from leaml_plugin.worlds.blind import blind_scores
 from leaml_plugin.worlds.scenes import NONE_OF_THE_ABOVE, Scene, WorldQA, render
-from leaml_plugin.worlds.teacher import captions_file, load_captions
+from leaml_plugin.worlds.teacher import POOL, captions_file, load_captions
 
-POOL_START, TEST_START = 100_000, 500_000  # indices that the worlds' answer balancing and gate do not draw from
-WORLD_SEED = 0
+WORLD_SEED, POOL_START = POOL
+TEST_START = 500_000  # as the pool's, an index that the worlds' answer balancing and gate do not draw from
 
 
 def asked(qa: WorldQA) -> str:
