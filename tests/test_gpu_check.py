@@ -64,7 +64,9 @@ a, _ = p.parse_known_args()
 with open("history", "a") as f: f.write("kernels-" + dtype + " ")
 rows = [{"op": "relevance", "dtype": dtype}] + ([] if a.ops else [{"op": "select", "dtype": "float32"}])
 pathlib.Path(a.json).write_text(json.dumps(rows))
-if os.environ.get("SLOW") == "kernels-" + dtype: time.sleep(60)
+if os.environ.get("SLOW") == "kernels-" + dtype:
+    time.sleep(40)
+    with open("history", "a") as f: f.write("late ")
 """,
     "leaml_plugin/benchmark/step.py": """
 import argparse, json, pathlib
@@ -186,6 +188,7 @@ def test_nothing_runs_on_a_broken_build(tree):
 def test_a_budget_ends_a_step_and_keeps_its_rows(tree):
     out = tree.run("--budget", "24", "kernels-bfloat16", "kernels-float32", SLOW="kernels-bfloat16", expect=1)
     assert "kernels-float32: not begun" in out
+    assert tree.history == ["build", "kernels-bfloat16"]
     found = tree.read()
     assert found["checks"]["kernels-bfloat16"]["exit_code"] == 124
     assert [r["op"] for r in found["kernels"]] == ["relevance", "select"]
