@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,8 @@ def check(steps: Sequence[str], result: Path | None, budget: float | None, quick
         code, seconds, log = run(step, capability, quick, None if left is None else max(1.0, left - LEAST / 2))
         text = log.read_text(errors="replace").strip()
         passed = None if code is None else code == 0
+        if passed and step in ("tests", *CHECKS):  # where a sanitizer hides the device, all tests are skipped
+            passed = re.search(r"\b\d+ passed\b", text) is not None
         record = Record(
             passed=passed,
             exit_code=code,

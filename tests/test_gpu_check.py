@@ -46,6 +46,7 @@ assert ("every_kernel" in sys.argv) == (step != "tests")
 with open("history", "a") as f: f.write(step + " ")
 print("first line", flush=True)
 if os.environ.get("SLOW") == step: time.sleep(60)
+if os.environ.get("SKIPPED") == step: sys.exit(print("3 skipped in 0.1s"))
 print("1 failed" if os.environ.get("BROKEN") == step else "3 passed in 0.1s")
 sys.exit(os.environ.get("BROKEN") == step)
 """,
@@ -177,6 +178,12 @@ def test_a_failing_step_is_recorded_and_the_rest_goes_on(tree):
     assert failed["exit_code"] == 1 and "first line\n1 failed" in failed["tail"]
     tree.run("tests")  # mended
     assert tree.passed()["tests"] is True and tree.read()["checks"]["tests"]["tail"] == ""
+
+
+def test_skipped_tests_have_not_passed(tree):
+    """A sanitizer that does not support the device hides it from torch."""
+    tree.run("memcheck", SKIPPED="memcheck", expect=1)
+    assert tree.passed() == {"build": True, "memcheck": False}
 
 
 def test_nothing_runs_on_a_broken_build(tree):
