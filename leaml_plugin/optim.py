@@ -134,20 +134,19 @@ class SparseAdamW(torch.optim.Optimizer):
         rows = param_group.pop("rows", None)
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
-        if any(hasattr(p, "placements") for p in params):
-            self.param_groups.pop()
-            raise LeamlError(
-                "SparseAdamW cannot step sharded parameters (FSDP2, tensor parallel): use torch.optim.AdamW on the "
-                "adapter's deltas, whose states are as compact."
-            )
-        if rows is None:
-            return
-        rows = [rows] if isinstance(rows, Tensor) else list(rows)
-        if len(rows) != len(params):
-            raise LeamlError(f"SparseAdamW: {len(params)} parameters but {len(rows)} row lists in one group.")
-        for p, index in zip(params, rows):
+        try:
+            checked = _rows_of_group(params, rows)
+        except LeamlError:
+            self.param_groups.pop()  # a group that was refused must not be stepped, least of all with all its rows
+            raise
+        for p, index in zip(params, checked):
             if index is not None:
-                self.state[p]["rows"] = _checked_rows(p, index)
+                self.state[p]["rows"] = index
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles the groups, their defaults and the states only
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "relevance_criterion", "grad_norm")}
+        return {**super().__getstate__(), **own, "_every_row": {}}
 
     # -- the step
 
@@ -164,14 +163,19 @@ class SparseAdamW(torch.optim.Optimizer):
             by_device: dict[torch.device, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None and p.numel():
+                    if p.grad.layout != torch.strided:
+                        raise LeamlError("SparseAdamW takes dense gradients; this one is a sparse tensor.")
                     by_device.setdefault(p.device, []).append(p)
             for device, params in by_device.items():
-                fused = [p for p in params if self.relevance_criterion and not hasattr(p, "leaml_base")]
-                plain = [p for p in params if not any(p is q for q in fused)]
-                for some, with_relevance in ((plain, False), (fused, True)):
+                for with_relevance in (False, True):
+                    some = [p for p in params if self._rides(p) == with_relevance]
                     if some:
                         self._step(some, group, number, device, with_relevance, clip, grad_scale, found_inf)
         return loss
+
+    def _rides(self, p: nn.Parameter) -> bool:
+        """Whether the step of ``p`` adds up relevance too: that of all rows needs a dense gradient."""
+        return self.relevance_criterion is not None and not hasattr(p, "leaml_base")
 
     def _step(
         self,
@@ -232,6 +236,9 @@ class SparseAdamW(torch.optim.Optimizer):
             ops.sparse_adamw_(*tensors, **options)
         if not torch.compiler.is_compiling():  # the masters changed too
             torch.autograd.graph.increment_version([p for p in params if hasattr(p, "leaml_base")])
+        for p, target in zip(params, targets):
+            if p.dim() > 2 and target.data_ptr() != p.data_ptr():
+                p.copy_(target.view_as(p))
 
     def _state(self, p: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
@@ -315,13 +322,24 @@ class SparseAdamW(torch.optim.Optimizer):
 
         Selected rows are part of the state, so a run that changed its selection resumes with the changed one.
         """
+        if any(name not in group for group in state_dict["param_groups"] for name in self.defaults):
+            raise LeamlError(
+                "the optimizer state to load was not saved by SparseAdamW: "
+                "its parameter groups lack settings, and its states are not laid out by selected rows."
+            )
         saved = {
             key: {name: v for name, v in entry.items() if isinstance(v, Tensor)}
             for key, entry in state_dict["state"].items()
         }
-        super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, p in zip(keys, order):
+            if "rows" in self.state.get(p, {}) and "rows" not in saved.get(key, {}):
+                raise LeamlError(
+                    "the optimizer state to load has no selected rows for a parameter that was given with rows: "
+                    "loading it would train all of them."
+                )
+        super().load_state_dict(state_dict)
         for key, p in zip(keys, order):
             for name, value in saved.get(key, {}).items():
                 self.state[p][name] = value.detach().to(device=p.device, copy=True)
@@ -346,10 +364,25 @@ class SparseAdamW(torch.optim.Optimizer):
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """A parameter of any shape as ``[rows, inputs]`` sharing storage."""
+    """A parameter of any shape as ``[rows, inputs]``: sharing storage, or a copy of a channels-last convolution."""
     if t.dim() == 2:
         return t
-    return t.reshape(1, 1) if t.dim() == 0 else t.view(t.shape[0], -1) if t.dim() > 2 else t.unsqueeze(1)
+    return t.reshape(1, 1) if t.dim() == 0 else t.reshape(t.shape[0], -1) if t.dim() > 2 else t.unsqueeze(1)
+
+
+def _rows_of_group(params: list[nn.Parameter], rows: Any) -> list[Tensor | None]:
+    """What a group's ``rows`` say about each of its parameters, checked."""
+    if any(hasattr(p, "placements") for p in params):
+        raise LeamlError(
+            "SparseAdamW cannot step sharded parameters (FSDP2, tensor parallel): use torch.optim.AdamW on the "
+            "adapter's deltas, whose states are as compact."
+        )
+    if rows is None:
+        return [None] * len(params)
+    rows = [rows] if isinstance(rows, Tensor) else list(rows)
+    if len(rows) != len(params):
+        raise LeamlError(f"SparseAdamW: {len(params)} parameters but {len(rows)} row lists in one group.")
+    return [None if index is None else _checked_rows(p, index) for p, index in zip(params, rows)]
 
 
 def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:

@@ -323,6 +323,9 @@ class Handle:
             optimizer.remap(p, old, new)
         module.selected_index = new
         p.grad = None
+        # a graph that is still alive (the `loss` of a training loop) holds autograd's note of the old shape, which
+        # would refuse gradients of the new one; autograd drops its note only where the dtype changes
+        p.data = p.data.new_empty(0, dtype=torch.float16)
         p.data = torch.where(survived, kept, base.read().float())
 
     def __enter__(self) -> Handle:

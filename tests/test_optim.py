@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_without_rows_it_is_adamw_for_any_shape(shape):
     torch.testing.assert_close(p, q)
 
 
+def test_a_channels_last_convolution_trains_as_any_other():
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        optimizer = SparseAdamW([{"params": [conv.weight], "rows": [torch.tensor([1, 3])]}], lr=0.1)
+        for step in range(3):
+            conv.weight.grad = gradient(step, (4, 3, 3, 3)).contiguous(memory_format=layout)
+            optimizer.step()
+        assert conv.weight.is_contiguous(memory_format=layout)
+        results.append(conv.weight.detach().contiguous())
+    assert torch.equal(*results)
+
+
 def test_state_is_compact():
     p = weight()
     optimizer = sparse(p)
@@ -87,6 +102,56 @@ def test_state_dict_round_trip_is_exact(dtype, masters, eight_bit):
     assert kinds == {k: v.dtype for k, v in optimizer.state[p].items()}
     run(q, resumed, range(5, 10))
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_the_optimizer_goes_on_by_itself(copied):
+    p = weight()
+    optimizer = sparse(p, max_grad_norm=0.5, relevance="fisher")
+    p.grad = gradient(0)
+    optimizer.step()
+    twin = copied(optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    before = p.detach().clone()
+    q.grad = gradient(1)
+    twin.step()
+    assert torch.equal(p, before) and not torch.equal(q, before)
+    p.grad = gradient(1)
+    optimizer.step()
+    assert torch.equal(p, q) and torch.equal(optimizer.relevance(p), twin.relevance(q))
+    assert torch.equal(optimizer.grad_norm, twin.grad_norm)
+
+
+def test_a_refused_group_is_not_stepped():
+    p, q = weight(), weight()
+    optimizer = sparse(p)
+    for rows in ([torch.tensor([12])], [ROWS, ROWS]):
+        with pytest.raises(LeamlError, match=r"out of range|2 row lists"):
+            optimizer.add_param_group({"params": [q], "rows": rows})
+    assert [group["params"] for group in optimizer.param_groups] == [[p]]
+    optimizer.add_param_group({"params": [q], "rows": [ROWS]})
+    assert torch.equal(optimizer.state[q]["rows"], ROWS)
+
+
+def test_state_of_another_kind_of_training_is_refused_and_changes_nothing():
+    p, q = weight(), weight()
+    theirs, dense, ours = torch.optim.AdamW([q]), SparseAdamW([q]), sparse(p)
+    p.grad = q.grad = gradient(0)
+    for optimizer in (theirs, dense, ours):
+        optimizer.step()
+    with pytest.raises(LeamlError, match="not saved by SparseAdamW"):
+        ours.load_state_dict(theirs.state_dict())
+    with pytest.raises(LeamlError, match="no selected rows"):
+        ours.load_state_dict(dense.state_dict())
+    assert torch.equal(ours.state[p]["rows"], ROWS) and ours.param_groups[0]["lr"] == 0.01
+    ours.step()
+
+
+def test_a_sparse_gradient_is_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(LeamlError, match="takes dense gradients"):
+        SparseAdamW(embedding.parameters()).step()
 
 
 def test_loading_does_not_share_memory_with_the_saved_state():

@@ -344,6 +344,24 @@ def test_reselect_keeps_survivors_and_is_a_no_op_without_change():
     torch.testing.assert_close(start[0].weight[[1, 4, 7, 9]] + delta["0"][2], model[0].weight[[1, 4, 7, 9]])
 
 
+def test_reselect_to_other_sizes_while_the_last_loss_is_alive():
+    """A loop's ``loss`` keeps the graph in which the parameters had their old shapes."""
+    model = model_of()
+    handle = attach(model, chosen())
+    optimizer = SparseAdamW(handle.parameters(), lr=0.01)
+    sizes = {"0": 12, "2": 5}
+    changes = [Selection({"0": torch.tensor([1, 2, 4, 7]), "2": torch.tensor([3])}, sizes=sizes), chosen()]
+    for change in changes:
+        loss = loss_of(model, inputs())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.reselect(change, optimizer)
+        assert loss.grad_fn is not None and all(p.dtype == torch.float32 for p in handle.parameters())
+    loss_of(model, inputs()).backward()
+    assert [list(p.grad.shape) for p in handle.parameters()] == [[3, 6], [2, 12]]
+
+
 def test_reselect_adds_a_module():
     model = model_of()
     handle = attach(model, Selection({"0": torch.tensor([1])}))

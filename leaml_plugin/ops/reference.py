@@ -202,6 +202,17 @@ def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]
 # --- sparse AdamW ---------------------------------------------------------------------------------------------
 
 
+def _check_order(index: Tensor, count: int, i: int) -> None:
+    """Refuse rows that are not strictly ascending from 0 to ``count - 1``, in the words of the compiled op."""
+    bad = (index < 0) | (index >= count)
+    bad[1:] |= index[1:] <= index[:-1]
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"rows {i}: wanted strictly ascending indices from 0 to {count - 1}, got {int(index[at])} at position {at}"
+        )
+
+
 def sparse_adamw_(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -228,6 +239,9 @@ def sparse_adamw_(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """One AdamW step of the listed rows, in place; every other row keeps its bits."""
+    for i, (param, index) in enumerate(zip(params, rows)):
+        if index.device.type == "cpu":  # elsewhere looking at them would wait for the device
+            _check_order(index, param.shape[0], i)
     skip = None if found_inf is None else found_inf.reshape(()) != 0
     if lr_tensor is not None:
         rate = lr_tensor.reshape(()).to(torch.float64)

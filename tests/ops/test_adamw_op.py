@@ -330,12 +330,13 @@ def test_half_precision_states_are_refused(dtype):
         ([-1, 2], "got -1 at position 0"),
     ],
 )
-def test_bad_rows_are_refused_before_anything_moves(rows, message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_rows_are_refused_before_anything_moves(rows, message, backend):
     problem = make_problem([(4, 4), (4, 4)], density=0.5)
     problem.rows[1] = torch.tensor(rows)
     before = problem.copy()
     with pytest.raises(RuntimeError, match=message):
-        problem.step("native")
+        problem.step(backend)
     assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
 
 
