@@ -25,8 +25,11 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("c++")
 
 
-def build(cache: Path, mutants: Sequence[tuple[str, str]] = ()) -> Emulated:
-    """csrc/ops_cuda.cu and csrc/kernels.cuh for the CPU, optionally with some lines changed. Cached by content."""
+def build(cache: Path, mutants: Sequence[tuple[str, str]] = (), sanitize: bool = False) -> Emulated:
+    """csrc/ops_cuda.cu and csrc/kernels.cuh for the CPU, optionally with some lines changed. Cached by content.
+
+    ``sanitize``: with the address and undefined-behaviour sanitizers, whose runtimes the process has to begin with.
+    """
     sources = {path.name: path.read_text() for path in sorted((ROOT / "csrc").glob("*.h"))}
     for name in ("kernels.cuh", "ops_cuda.cu"):
         sources[name] = (ROOT / "csrc" / name).read_text()
@@ -38,6 +41,8 @@ def build(cache: Path, mutants: Sequence[tuple[str, str]] = ()) -> Emulated:
         sources[places[0]] = sources[places[0]].replace(old, new)
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    if sanitize:  # without the checks of the stack, which fibers change under the sanitizer's feet
+        flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
     key = hashlib.sha256(repr((sorted(sources.items()), flags, torch.__version__, sys.version)).encode()).hexdigest()
     name = f"leaml_emulated_{key[:16]}"
     library = cache / f"{name}.so"
