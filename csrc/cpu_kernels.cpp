@@ -4,12 +4,15 @@
 // instruction sets give the same bits.
 #include "cpu_kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LEAML_NO_CLONES)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LEAML_NO_DISPATCH)
 #define LEAML_DISPATCH
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // a false alarm inside GCC 12's own header
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
+// Clones are resolved while the library is being loaded, before a sanitizer is up: its builds go without.
+#if defined(LEAML_DISPATCH) && !defined(LEAML_NO_CLONES)
 #define LEAML_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LEAML_CLONES
@@ -205,14 +208,16 @@ LEAML_V4 LEAML_HD void widen(const fp16* p, __m512& out) {
 }
 LEAML_V3 LEAML_HD void widen(const float* p, __m256& out) { out = _mm256_loadu_ps(p); }
 LEAML_V4 LEAML_HD void widen(const float* p, __m512& out) { out = _mm512_loadu_ps(p); }
-// NaN becomes the one that from_float makes.
+// NaN becomes the one that from_float makes: of its sign, which tells nothing, but bits shall not depend on the path.
 LEAML_V3 LEAML_HD void narrow(const __m256& x, fp16* p) {
-  const __m256 canonical = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
+  const __m256 canonical = _mm256_or_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
   const __m256 y = _mm256_blendv_ps(x, canonical, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
 }
 LEAML_V4 LEAML_HD void narrow(const __m512& x, fp16* p) {
-  const __m512 canonical = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+  const __m512 canonical = _mm512_or_ps(sign, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
   const __m512 y = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x, canonical);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -373,29 +378,24 @@ LEAML_CLONES void add_columns_clones(const float* w, const float* g, int64_t n, 
   }
 }
 
+constexpr int32_t kChunk = 64, kDistance = 512;  // elements stepped at once, and how far ahead is fetched
+
 LEAML_CLONES void step_clones(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v,
                               int64_t n, float unscale, float factor, const Hyper* hyper, const RowCoefficients* row,
                               Ahead ahead) {
   const Hyper h = *hyper;
   const RowCoefficients c = *row;
-  constexpr int64_t chunk = 64;
-  for (int64_t begin = 0; begin < n; begin += chunk) {
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
     // a few lines at a time: a burst would stall on the processor's line buffers
     if (ahead.w) {
-      for (int64_t i = 0; i < chunk * ahead.w_bytes; i += 64) __builtin_prefetch(ahead.w + begin * ahead.w_bytes + i);
-      for (int64_t i = 0; i < chunk * ahead.g_bytes; i += 64) __builtin_prefetch(ahead.g + begin * ahead.g_bytes + i);
+      for (int64_t i = 0; i < kChunk * ahead.w_bytes; i += 64) __builtin_prefetch(ahead.w + begin * ahead.w_bytes + i);
+      for (int64_t i = 0; i < kChunk * ahead.g_bytes; i += 64) __builtin_prefetch(ahead.g + begin * ahead.g_bytes + i);
     }
-    if (ahead.m) {
-      for (int64_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead.m + begin + i);
-      for (int64_t i = 0; i < chunk; i += 16) __builtin_prefetch(ahead.v + begin + i);
-    }
-    const int64_t end = begin + chunk < n ? begin + chunk : n;
+    const int64_t end = begin + kChunk < n ? begin + kChunk : n;
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) adamw_element(w[i], (g[i] * unscale) * factor, m[i], v[i], h, c);
   }
 }
-
-constexpr int32_t kChunk = 64, kDistance = 512;  // elements stepped at once, and how far ahead is fetched
 
 // Fetches what is needed kDistance elements after `begin`, in this row or the next, which lies far away in memory: no
 // hardware prefetcher finds it. A chunk at a time: a burst would stall on the processor's line buffers.

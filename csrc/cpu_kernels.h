@@ -10,7 +10,8 @@ enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int kLanes = 32;  // partial sums of a row reduction: fixed, so that no vector width changes a result
 constexpr int kTile = 512;   // elements a step handles at once; a multiple of kBlock and of kLanes
 
-// 3 x kLanes partial sums: w*g, |w*g|, g*g. Which element joins which lane depends on its position and dtypes alone.
+// 3 x kLanes partial sums: w*g, |w*g|, g*g. Which element joins which lane depends on its position, on the dtypes and on
+// whether the row is contiguous: not on the instruction set.
 struct Lanes {
   alignas(64) float wg[kLanes], abs_wg[kLanes], gg[kLanes];
 };
@@ -33,8 +34,7 @@ void store_stochastic(const float* values, int64_t n, void* target, Type type, i
 // What will be read next: prefetched along the way. Null where nobody knows.
 struct Ahead {
   const char *w = nullptr, *g = nullptr;
-  int64_t w_bytes = 0, g_bytes = 0;           // of an element
-  const float *m = nullptr, *v = nullptr;     // null for 8-bit states
+  int64_t w_bytes = 0, g_bytes = 0;  // of an element
 };
 
 // One AdamW step of n <= kTile elements. The gradient is multiplied by `unscale`, then by `factor`.

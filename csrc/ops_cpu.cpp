@@ -16,11 +16,12 @@ namespace {
 
 constexpr int64_t kItemElements = 1 << 15;  // of a work item: some tens of microseconds
 constexpr int64_t kThreadElements = 1 << 17;
-// Weight and gradient of an item of the fusion: they must still be in the caches when the selected rows take their step,
-// and each change between the two costs the streams that the processor had begun to follow.
+// Bytes of weight and gradient of an item of the fusion. They must still be in the caches when the selected rows take
+// their step; smaller items switch more often between reading and stepping, and each switch breaks off the streams that
+// the hardware prefetcher follows.
 constexpr int64_t kFusedBytes = 2 << 20;
-constexpr int64_t kStrip = 512;             // columns summed at once; three accumulators of it stay in L1
-constexpr int64_t kStripRows = 64;          // rows summed before the partial sums join the total
+constexpr int64_t kStrip = 512;    // columns summed at once; three accumulators of it stay in L1
+constexpr int64_t kStripRows = 64;  // rows summed before the partial sums join the total
 
 cpu::Type kernel_type(Dtype dtype) { return static_cast<cpu::Type>(static_cast<int>(dtype)); }
 
@@ -222,10 +223,6 @@ void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call
       ahead = {w_row + coming * wb, g_row + coming * gb, wb, gb};
     else if (next_w)
       ahead = {next_w, next_g, wb, gb};
-    if (!eight_bit && ahead.w) {
-      ahead.m = static_cast<float*>(u.m) + at + cpu::kTile;
-      ahead.v = static_cast<float*>(u.v) + at + cpu::kTile;
-    }
     char* wp = w_row + column * u.w.col_stride * wb;
     float* w = w_buffer;
     if (u.master)

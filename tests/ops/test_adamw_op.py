@@ -169,6 +169,20 @@ def test_a_bad_gradient_spoils_its_element_or_its_block(bad, eight_bit, backend)
         assert wrong.nonzero().tolist() == [[2, 300]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("master", [False, True])
+def test_nan_has_the_same_bits_in_every_path(dtype, master):
+    """In vectors, in what is left of them at a row's end, and in rows that are not contiguous."""
+    seen = set()
+    for layout, sign in itertools.product(("contiguous", "every_other"), (1.0, -1.0)):
+        problem = make_problem([(3, 71)], dtype, density=1.0, layout=layout, master=master)
+        problem.grads[0].fill_(sign * torch.inf)
+        problem.step("native")
+        assert problem.params[0].isnan().all()
+        seen |= set(bits(problem.params[0]).view(torch.int16).tolist())
+    assert len(seen) == 1
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     results = []
     threads = torch.get_num_threads()

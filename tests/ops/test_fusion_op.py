@@ -55,6 +55,25 @@ def test_found_inf_stops_both_parts():
     assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
 
 
+def test_results_do_not_depend_on_the_number_of_threads():
+    """Items of several rows and of one: rows of 1.2 MB are more than half of what an item may hold."""
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            problem = make_problem([(600, 1500), (4, 300_000)], torch.float16, stochastic_rounding=True)
+            out = [torch.zeros(4, 600), torch.zeros(4, 4)]
+            lists, options = problem.arguments()
+            norm = ops.relevance_sparse_adamw_(*lists, out, criteria=ALL, **options)
+            results.append([*problem.tensors(), *out, norm])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(o.gt(0).all() for o in results[0][-3:])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
 def test_reselecting_the_same_rows_is_a_numerical_no_op():
     """Every fifth step the scores pick the rows anew; where they pick the same, training goes on bit for bit."""
     steady, moving = make_problem([(50, 64)], density=0.2), make_problem([(50, 64)], density=0.2)

@@ -32,21 +32,26 @@ for layout in LAYOUTS:
                     w, g = (random_matrix((rows, width), dtype, layout, s) for s in (0, 1))
                     out = [torch.zeros(4, (rows, width)[dim])]
                     ops.neuron_relevance_([w], [g], out, criteria=list(ops.CRITERIA), dims=dim)
-                for eight_bit in (False, True):
-                    options = {"eight_bit": eight_bit, "stochastic_rounding": True}
-                    p = make_problem([(rows, width)], dtype, None, layout, 0.5, **options)
-                    p.step("native")
-                    lists, options = p.arguments()
-                    ops.relevance_sparse_adamw_(*lists, [torch.zeros(rows)], **options)
-p = make_problem([(300, 700)] * 3, torch.bfloat16, compact=True, master=True)
-p.step("native")
+                ways = [{"eight_bit": True}, {"stochastic_rounding": True}, {"master": True}, {}]
+                for i, way in enumerate(ways):
+                    for grad_dtype in {dtype, torch.float32}:
+                        p = make_problem([(rows, width)], dtype, grad_dtype, layout, 0.5, compact=i % 2 == 1, **way)
+                        p.step("native")
+                        if i % 2 == 0:
+                            lists, options = p.arguments()
+                            ops.relevance_sparse_adamw_(*lists, [torch.zeros(rows)], **options)
+for dtype in DTYPES:
+    p = make_problem([(300, 700)] * 3, dtype, master=True)
+    p.step("native")
 ops.select_top([torch.randn(n) for n in (0, 1, 5000, 70000)], 0.1, scope="model")
 print("clean")
 """
 
 
+# the loops in the machine's own vectors (but for the clones, see cpu_kernels.cpp), and those of other processors
 @pytest.mark.slow
-def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
+@pytest.mark.parametrize("without", ["CLONES", "DISPATCH"])
+def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path, without):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to build the sanitized kernels with")
@@ -62,7 +67,7 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
     library = tmp_path / "_C.abi3.so"
     command = [
         compiler, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fopenmp-simd", "-Wno-psabi", "-ffp-contract=off",
-        "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DLEAML_NO_CLONES",
+        "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-DLEAML_NO_{without}",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{base / 'include'}", f"-L{base / 'lib'}",
         str(ROOT / "csrc" / "ops_cpu.cpp"), str(ROOT / "csrc" / "cpu_kernels.cpp"), "-ltorch_cpu", "-o", str(library),
     ]  # fmt: skip
