@@ -322,7 +322,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
         Selected rows are part of the state, so a run that changed its selection resumes with the changed one.
         """
-        if any(name not in group for group in state_dict["param_groups"] for name in self.defaults):
+        if any("eight_bit" not in group for group in state_dict["param_groups"]):
             raise LeamlError(
                 "the optimizer state to load was not saved by SparseAdamW: "
                 "its parameter groups lack settings, and its states are not laid out by selected rows."

@@ -14,7 +14,7 @@ from leaml_plugin import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "padded", "transposed", "every_other")
-# around the sizes at which the code changes its path: lanes of 32, blocks of 256, tiles of 1024
+# around the sizes at which the code changes its path: lanes of 32, chunks of 64, blocks of 256, tiles of 512, pages
 WIDTHS = (0, 1, 2, 7, 31, 32, 33, 64, 255, 256, 257, 512, 1023, 1030, 2050)
 
 shapes = st.tuples(st.sampled_from((0, 1, 2, 3, 17, 65, 130)), st.sampled_from(WIDTHS))
