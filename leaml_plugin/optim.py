@@ -84,7 +84,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
     Steps are skipped on the device where ``GradScaler`` found infinities (``scaler.step(optimizer)``; the optimizer
     unscales by itself, ``scaler.unscale_`` is not needed for clipping by ``max_grad_norm``). Step counters live on
-    the device and no step synchronises, so a CUDA graph can capture it.
+    the device and no step synchronises, so a CUDA graph can capture it after one step outside, which makes the states.
 
     Raises:
         LeamlError: rows out of range, repeated, or not one list per parameter; sharded parameters; a state_dict of

@@ -133,7 +133,7 @@ def command(step: str, capability: str, quick: bool) -> tuple[list[str], dict[st
         elif step == "step-medium":
             options += ["--size", "medium"]
         else:  # one density: each contender has a model of its own on the device
-            options += ["--size", "qwen2.5-vl-3b", "--densities", "0.1", "--text", "512", "--no-memory"]
+            options += ["--size", "qwen2.5-vl-3b", "--densities", "0.1", "--text", "512"]
         return [python, "-m", "leaml_plugin.benchmark.step", *options], {}
     dtype = step.removeprefix("kernels-")
     options = ["--device", "cuda", "--model", "tiny" if quick else "qwen2.5-vl-7b", "--dtypes", dtype]

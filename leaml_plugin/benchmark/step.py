@@ -14,11 +14,12 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from leaml_plugin.artifacts import write_text
 from leaml_plugin.benchmark.kernels import Contender, Timer, compare, machine, quantile
 from leaml_plugin.errors import LeamlError, unknown_name
 
@@ -101,8 +102,9 @@ def build_model(config: Config, device: Any) -> Any:
         },
         image_token_id=IMAGE, vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=True,
     )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(settings).to(device, getattr(torch, config.dtype))
-    return model.train()
+    with torch.device(device):  # random numbers for billions of weights are the device's work
+        model = Qwen2_5_VLForConditionalGeneration(settings)
+    return model.to(device, getattr(torch, config.dtype)).train()
 
 
 def batch(config: Config, device: Any) -> dict[str, Any]:
@@ -243,16 +245,17 @@ def run(config: Config, sizes: Sequence[str] = ()) -> list[Row]:
     for one in each:
         one.validate()
     for one in each:
-        rows += run_size(one)
-        if config.json is not None and rows:
-            config.json.parent.mkdir(parents=True, exist_ok=True)
-            config.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        for row in run_size(one):
+            rows.append(row)
+            if config.json is not None:  # a run that is cut off leaves what it has measured
+                config.json.parent.mkdir(parents=True, exist_ok=True)
+                write_text(config.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if config.plot is not None:
         plot(rows, config.plot)
     return rows
 
 
-def run_size(config: Config) -> list[Row]:
+def run_size(config: Config) -> Iterator[Row]:
     """All contenders at one size; with ``config.only`` the peak memory of one is printed and nothing returned."""
     import torch
 
@@ -260,34 +263,33 @@ def run_size(config: Config) -> list[Row]:
     torch.set_num_threads(config.threads)
     if config.only:
         print(measure_only(config, device))
-        return []
+        return
     info = machine(device, config.threads)
     print(f"Qwen2.5-VL architecture, {config.size}, {config.dtype}, batch {config.batch}; {info['device']}", flush=True)
+    # before this process holds all contenders at once: a device may have room for no other then
+    peaks = {name: peak_memory(config, name) for name, _ in names(config)} if config.memory else {}
     runners = [Runner(name, config, device, density) for name, density in names(config)]
     contenders = [Contender(r.name, r.step) for r in runners]
     times = compare(contenders, Timer(device, config.threads), config.pairs)
-    rows = []
     for runner in runners:
         own = [t[runner.name] for t in times]
         lora = f"lora@{runner.density:g}" if runner.density else ""
         selective = runner.name.startswith("selective")
-        rows.append(
-            Row(
-                name=runner.name,
-                size=config.size,
-                density=runner.density,
-                time_ms=quantile(own, 0.5),
-                trainable=sum(p.numel() for p in runner.params),
-                gradient_bytes=runner.gradient_bytes,
-                state_bytes=state_bytes(runner.optimizer),
-                peak_bytes=peak_memory(config, runner.name) if config.memory else None,
-                ratio_to_full=quantile([t["full"] / t[runner.name] for t in times], 0.5),
-                ratio_to_lora=quantile([t[lora] / t[runner.name] for t in times], 0.5) if selective else None,
-                machine=info,
-            )
+        row = Row(
+            name=runner.name,
+            size=config.size,
+            density=runner.density,
+            time_ms=quantile(own, 0.5),
+            trainable=sum(p.numel() for p in runner.params),
+            gradient_bytes=runner.gradient_bytes,
+            state_bytes=state_bytes(runner.optimizer),
+            peak_bytes=peaks.get(runner.name),
+            ratio_to_full=quantile([t["full"] / t[runner.name] for t in times], 0.5),
+            ratio_to_lora=quantile([t[lora] / t[runner.name] for t in times], 0.5) if selective else None,
+            machine=info,
         )
-        print(line(rows[-1]), flush=True)
-    return rows
+        print(line(row), flush=True)
+        yield row
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
