@@ -265,6 +265,12 @@ class Handle:
         """
         if not self._attached:
             raise LeamlError("reselect: the handle has been detached.")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper, which the HF Trainer has
+        if not isinstance(optimizer, SparseAdamW | None):
+            raise LeamlError(
+                f"reselect: the states of {type(optimizer).__name__} cannot follow other neurons; "
+                "pass the SparseAdamW in use, or None and make a new optimizer afterwards."
+            )
         targets = selection.validate(self.model)
         chosen = {}
         for name, axis, index in selection:

@@ -362,6 +362,29 @@ def test_reselect_to_other_sizes_while_the_last_loss_is_alive():
     assert [list(p.grad.shape) for p in handle.parameters()] == [[3, 6], [2, 12]]
 
 
+def test_reselect_takes_the_optimizer_of_a_trainer_and_no_other_kind():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model = model_of()
+    handle = attach(model, chosen())
+    optimizer = SparseAdamW(handle.parameters(), lr=0.01)
+    loss_of(model, inputs()).backward()
+    optimizer.step()
+    change = Selection({"0": torch.tensor([4, 9])}, sizes={"0": 12})
+    before = bits(model)
+    with pytest.raises(LeamlError, match="states of AdamW cannot follow"):
+        handle.reselect(change, torch.optim.AdamW(handle.parameters()))
+    assert all(torch.equal(v, before[k]) for k, v in bits(model).items())
+    try:
+        wrapped = Accelerator(cpu=True).prepare(optimizer)
+        assert wrapped is not optimizer
+        handle.reselect(change, wrapped)
+    finally:
+        AcceleratorState._reset_state(True)  # it is one for the whole process
+    assert optimizer.state[model[0].selected_weight]["step"].tolist() == [1, 0]
+
+
 def test_reselect_adds_a_module():
     model = model_of()
     handle = attach(model, Selection({"0": torch.tensor([1])}))
