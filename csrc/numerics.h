@@ -73,7 +73,7 @@ LEAML_HD float to_float(fp16 x) {
 #endif
 }
 
-// Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch.
+// Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch: fp16 keeps its sign.
 LEAML_HD void from_float(float x, float& out) { out = x; }
 
 LEAML_HD void from_float(float x, bf16& out) {

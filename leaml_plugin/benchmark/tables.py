@@ -72,12 +72,14 @@ def page(rows: Sequence[Row]) -> str:
         "dtype": lambda row: short(row["dtype"]),
         "density": density,
         "ms": lambda row: number(row["time_ms"]),
-        "share of the limit": lambda row: number(row["limit_share"]),
+        "share of the limit": lambda row: number(row["limit_share"]) if row["limit_share"] else "",
     }
     stream = {"of a stream": lambda row: number(row["stream_share"]) if row["stream_share"] else ""}
     state = {"states": lambda row: STATES[row["state"]]}
     over = {
-        "over relevance alone": lambda row: number(1 / row["ratio"]["relevance_alone"]),
+        "over relevance alone": lambda row: (
+            number(1 / row["ratio"]["relevance_alone"]) if "relevance_alone" in row["ratio"] else ""
+        ),
         "necessary bytes over relevance's": lambda row: number(row["bytes"] / relevance_bytes(row)),
     }
     parts = []

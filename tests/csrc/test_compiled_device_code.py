@@ -44,37 +44,20 @@ pytestmark = [
     pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit: nvcc is needed (set CUDA_HOME)"),
 ]
 
-# one kernel of each kind and each width of access; the rest are the same templates
-INSTANCES = """
-#include <cuda_runtime.h>
-#include "kernels.cuh"
-namespace leaml::cuda {
-template __global__ void relevance_rows<float, float>(const __grid_constant__ RelevanceArgs);
-template __global__ void relevance_rows<bf16, bf16>(const __grid_constant__ RelevanceArgs);
-template __global__ void relevance_columns<bf16, bf16>(const __grid_constant__ RelevanceArgs);
-template __global__ void sparse_adamw<float, float, false>(const __grid_constant__ UpdateArgs);
-template __global__ void sparse_adamw<bf16, bf16, false>(const __grid_constant__ UpdateArgs);
-template __global__ void sparse_adamw<bf16, bf16, true>(const __grid_constant__ UpdateArgs);
-template __global__ void sparse_adamw<float, float, true>(const __grid_constant__ UpdateArgs);
-template __global__ void sparse_adamw<bf16, float, true>(const __grid_constant__ UpdateArgs);
-template __global__ void sparse_adamw<fp16, float, false>(const __grid_constant__ UpdateArgs);
-template __global__ void relevance_sparse_adamw<bf16, bf16, false>(const __grid_constant__ UpdateArgs);
-template __global__ void relevance_sparse_adamw<float, float, false>(const __grid_constant__ UpdateArgs);
-template __global__ void relevance_sparse_adamw<bf16, bf16, true>(const __grid_constant__ UpdateArgs);
-template __global__ void relevance_sparse_adamw<float, float, true>(const __grid_constant__ UpdateArgs);
-}
-"""
+KERNELS = 32  # of ops_cuda.cu: every kernel with every combination of types that the ops dispatch to
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request, tmp_path_factory) -> tuple[str, Path]:
-    """The resource report and the object of one architecture."""
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    source, cubin = folder / "instances.cu", folder / "instances.cubin"
-    source.write_text(INSTANCES)
+    """The resource report and the object of the CUDA library's source for one architecture."""
+    from torch.utils import cpp_extension
+
+    cubin = tmp_path_factory.mktemp(f"sm_{request.param}") / "ops_cuda.cubin"
+    target = re.search(r'TORCH_TARGET = "(.*?)"', (ROOT / "setup.py").read_text())[1]
     command = [
         str(cuda_home() / "bin" / "nvcc"), "-std=c++20", "-O3", "-cubin", "-Xptxas=-v", f"-arch=sm_{request.param}",
-        f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin),
+        target, "-DUSE_CUDA", *(f"-I{path}" for path in cpp_extension.include_paths()),
+        str(ROOT / "csrc" / "ops_cuda.cu"), "-o", str(cubin),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -89,7 +72,7 @@ def test_no_spills_and_few_enough_registers(compiled):
         report,
         re.S,
     )
-    assert len(kernels) >= 15
+    assert len(kernels) == KERNELS
     for name, *spills, registers in kernels:
         assert spills == ["0", "0", "0"], (name, spills)
         # 65,536 registers hold two blocks of 256 threads with 128 each, four with 64
@@ -103,7 +86,7 @@ def test_memory_is_read_and_written_128_bits_at_a_time(compiled):
     _, cubin = compiled
     listing = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels = dict(re.findall(r"\.section\s+\.text\.(\w+)(.*?)(?=\.section\s|\Z)", listing, re.S))
-    assert len(kernels) >= 15
+    assert len(kernels) == KERNELS
     for name, code in kernels.items():
 
         def count(pattern: str, code: str = code) -> int:

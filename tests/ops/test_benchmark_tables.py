@@ -54,6 +54,10 @@ def test_the_fusion_is_held_against_the_bytes_of_relevance():
     assert cells(tables.page([met, row("relevance")]), "fusion at 5 %") == ["1.12, met"]
     assert cells(tables.page([missed, row("relevance")]), "fusion at 5 %") == ["1.24, missed"]
     assert "| fp32 | 5 % | 2.00 | 1.00 | 1.11 | 1.12 |" in tables.page([met])
+    # without that peer there is nothing to say about it
+    assert "| fp32 | 5 % | 2.00 | 1.00 |  | 1.12 | 1.05 [0.95-1.15] |" in tables.page(
+        [row("fusion", share=1.0, our_two_parts=1.05)]
+    )
 
 
 def test_a_page_from_the_rows_of_a_file(tmp_path):
