@@ -710,22 +710,23 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     dtypes = list(dict.fromkeys(row.dtype for row in steps))
     if not dtypes:
         raise LeamlError("--plot draws sparse_adamw; it is not among the ops measured.")
-    figure, panels = pyplot.subplots(1, len(dtypes), figsize=(4.2 * len(dtypes), 3.6), squeeze=False, sharey=True)
+    size = (4.0 * len(dtypes) + 1.8, 3.6)
+    figure, panels = pyplot.subplots(1, len(dtypes), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for panel, dtype in zip(panels[0], dtypes):
         own = [row for row in steps if row.dtype == dtype]
         density = [100 * row.density for row in own]
         panel.plot(density, [row.time_ms for row in own], "o-", lw=2, label="leaml")
         panel.plot(density, [row.time_ms * (row.limit_share or math.nan) for row in own], "k:", label="limit")
-        for name in own[0].ratio:
-            panel.plot(density, [row.time_ms * row.ratio.get(name, math.nan) for row in own], ".-", label=name)
+        for name, title in tables.PEERS.items():
+            if any(name in row.ratio for row in own):
+                panel.plot(density, [row.time_ms * row.ratio.get(name, math.nan) for row in own], ".-", label=title)
         panel.set(xscale="log", yscale="log", xlabel="density, %", title=dtype)
         panel.set_xticks(density, [f"{d:g}" for d in density])
         panel.minorticks_off()
     panels[0][0].set_ylabel("ms per step")
-    panels[0][-1].legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     first = steps[0]
     figure.suptitle(f"sparse AdamW, {first.layers} layer(s) of {first.model}, {first.device}", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
 
