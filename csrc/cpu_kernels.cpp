@@ -196,7 +196,7 @@ LEAML_HD Sums row_body(const A* w, const B* g, int64_t n) {
 
 #if defined(LEAML_DISPATCH)
 // fp16 in hardware: a compiler does not turn to_float(fp16) into the instruction. The twins of what follows are
-// row_body<W> over fp16, load_body / store_body and step_row_body.
+// row_body<W> over fp16, columns_body, load_body / store_body and step_row_body.
 #define LEAML_V3 __attribute__((target("arch=x86-64-v3")))
 #define LEAML_V4 __attribute__((target("arch=x86-64-v4")))
 
@@ -208,6 +208,28 @@ LEAML_V4 LEAML_HD void widen(const fp16* p, __m512& out) {
 }
 LEAML_V3 LEAML_HD void widen(const float* p, __m256& out) { out = _mm256_loadu_ps(p); }
 LEAML_V4 LEAML_HD void widen(const float* p, __m512& out) { out = _mm512_loadu_ps(p); }
+// Two vectors from one load: a cache line that is touched twice may be gone in between, where rows that lie a power of two
+// apart crowd the same few places of the cache.
+LEAML_V3 LEAML_HD void widen_pair(const bf16* p, __m256* out) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), 16));
+  out[1] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)), 16));
+}
+LEAML_V4 LEAML_HD void widen_pair(const bf16* p, __m512* out) {
+  const __m512i x = _mm512_loadu_si512(p);
+  out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16));
+  out[1] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16));
+}
+LEAML_V3 LEAML_HD void widen_pair(const fp16* p, __m256* out) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(x)), out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+}
+LEAML_V4 LEAML_HD void widen_pair(const fp16* p, __m512* out) {
+  const __m512i x = _mm512_loadu_si512(p);
+  out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(x)), out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
+}
+LEAML_V3 LEAML_HD void widen_pair(const float* p, __m256* out) { widen(p, out[0]), widen(p + 8, out[1]); }
+LEAML_V4 LEAML_HD void widen_pair(const float* p, __m512* out) { widen(p, out[0]), widen(p + 16, out[1]); }
 // NaN becomes the one that from_float makes: of its sign, which tells nothing, but bits shall not depend on the path.
 LEAML_V3 LEAML_HD void narrow(const __m256& x, fp16* p) {
   const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
@@ -367,15 +389,91 @@ LEAML_COPIES(f32, float)
 LEAML_COPIES(bf16, bf16)
 LEAML_COPIES(f16, fp16)
 
-LEAML_CLONES void add_columns_clones(const float* w, const float* g, int64_t n, float* __restrict wg,
-                                     float* __restrict abs_wg, float* __restrict gg) {
+// Row by row into the columns' sums.
+template <bool Absolute, class A, class B>
+LEAML_HD void columns_body(const A* w, const B* g, int64_t w_stride, int64_t g_stride, int64_t rows, int64_t n,
+                           const ColumnSums& into) {
+  float *__restrict wg = into.wg, *__restrict abs_wg = into.abs_wg, *__restrict gg = into.gg;
+  for (int64_t r = 0; r < rows; ++r, w += w_stride, g += g_stride) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float p = w[i] * g[i];
-    wg[i] += p;
-    abs_wg[i] += fabsf(p);
-    gg[i] += g[i] * g[i];
+    for (int64_t i = 0; i < n; ++i) {
+      const float b = to_float(g[i]), p = to_float(w[i]) * b;
+      wg[i] += p;
+      if constexpr (Absolute) abs_wg[i] += fabsf(p);
+      gg[i] += b * b;
+    }
   }
+}
+
+#if defined(LEAML_DISPATCH)
+// The same with the sums in registers for some rows at once. Half types take four rows and fetch the next four line by
+// line: widening is what takes time there. fp32 takes one, as memory does: a single stream, which the hardware follows,
+// is faster than what can be fetched by hand.
+#define LEAML_COLUMNS(name, target, F) \
+  template <bool Absolute, class A, class B> \
+  target void name(const void* weights, const void* grads, int64_t w_stride, int64_t g_stride, int64_t rows, int64_t n, \
+                   const ColumnSums* into) { \
+    const A* w = static_cast<const A*>(weights); \
+    const B* g = static_cast<const B*>(grads); \
+    constexpr bool stream = sizeof(A) == 4; \
+    constexpr int width = sizeof(F) / 4, chunk = 2 * width, together = stream ? 1 : 4; \
+    int64_t r = 0; \
+    for (; r + together <= rows; r += together, w += together * w_stride, g += together * g_stride) { \
+      int64_t i = 0; \
+      while (i + chunk <= n) { \
+        if constexpr (stream) touch_next_pages(w + i, g + i); \
+        const int64_t stop = n - i < kPage<A, B> ? n : i + kPage<A, B>; \
+        for (; i + chunk <= stop; i += chunk) { \
+          F wg[2], abs_wg[2], gg[2]; \
+          _Pragma("GCC unroll 2") for (int k = 0; k < 2; ++k) { \
+            widen(into->wg + i + width * k, wg[k]), widen(into->gg + i + width * k, gg[k]); \
+            if constexpr (Absolute) widen(into->abs_wg + i + width * k, abs_wg[k]); \
+          } \
+          _Pragma("GCC unroll 4") for (int q = 0; q < together; ++q) { \
+            const A* own_w = w + q * w_stride + i; \
+            const B* own_g = g + q * g_stride + i; \
+            if constexpr (!stream) { \
+              __builtin_prefetch(own_w + together * w_stride); \
+              _Pragma("GCC unroll 2") for (int k = 0; k < chunk; k += 64 / int(sizeof(B))) \
+                __builtin_prefetch(own_g + together * g_stride + k); \
+            } \
+            F a[2], b[2], size; \
+            widen_pair(own_w, a), widen_pair(own_g, b); \
+            _Pragma("GCC unroll 2") for (int k = 0; k < 2; ++k) { \
+              const F p = a[k] * b[k]; \
+              wg[k] += p; \
+              if constexpr (Absolute) magnitude(p, size), abs_wg[k] += size; \
+              gg[k] += b[k] * b[k]; \
+            } \
+          } \
+          _Pragma("GCC unroll 2") for (int k = 0; k < 2; ++k) { \
+            memcpy(into->wg + i + width * k, &wg[k], sizeof(F)), memcpy(into->gg + i + width * k, &gg[k], sizeof(F)); \
+            if constexpr (Absolute) memcpy(into->abs_wg + i + width * k, &abs_wg[k], sizeof(F)); \
+          } \
+        } \
+      } \
+      const ColumnSums rest{into->wg + i, into->abs_wg + i, into->gg + i}; \
+      columns_body<Absolute>(w + i, g + i, w_stride, g_stride, together, n - i, rest); \
+    } \
+    columns_body<Absolute>(w, g, w_stride, g_stride, rows - r, n, *into); \
+  }
+LEAML_COLUMNS(columns_v3, LEAML_V3, __m256)
+LEAML_COLUMNS(columns_v4, LEAML_V4, __m512)
+#endif
+
+template <bool Absolute, class A, class B>
+void columns_v2(const void* w, const void* g, int64_t w_stride, int64_t g_stride, int64_t rows, int64_t n,
+                const ColumnSums* into) {
+  columns_body<Absolute>(static_cast<const A*>(w), static_cast<const B*>(g), w_stride, g_stride, rows, n, *into);
+}
+
+template <class A, class B>
+AddColumns columns(bool absolute) {
+#if defined(LEAML_DISPATCH)
+  if (level() == 4) return absolute ? columns_v4<true, A, B> : columns_v4<false, A, B>;
+  if (level() == 3) return absolute ? columns_v3<true, A, B> : columns_v3<false, A, B>;
+#endif
+  return absolute ? columns_v2<true, A, B> : columns_v2<false, A, B>;
 }
 
 constexpr int32_t kChunk = 64, kDistance = 512;  // elements stepped at once, and how far ahead is fetched
@@ -533,18 +631,10 @@ LEAML_CLONES void encode_clones(const float* __restrict values, int64_t n, bool 
                                 uint8_t* __restrict code, float* scale_out) {
   // the largest magnitude by integer comparison: the bits of non-negative floats are ordered, Inf and NaN come out on top
   uint32_t largest = 0;
-  if (is_signed) {
 #pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t u = float_bits(values[i]) & 0x7fffffffu;
-      largest = u > largest ? u : largest;
-    }
-  } else {
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t u = values[i] < 0.0f ? 0u : float_bits(values[i]) & 0x7fffffffu;
-      largest = u > largest ? u : largest;
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = float_bits(values[i]) & 0x7fffffffu;  // second moments are never negative
+    largest = u > largest ? u : largest;
   }
   const float scale = largest < 0x7f800000u ? bits_float(largest) : bits_float(0x7fc00000u);
   const float inverse = block_inverse(scale);
@@ -576,8 +666,10 @@ RowRelevance row_relevance(Type wt, Type gt, bool absolute) {
 
 Sums total(const Lanes& lanes) { return total_of(lanes, true); }
 
-void add_columns(const float* w, const float* g, int64_t n, float* wg, float* abs_wg, float* gg) {
-  add_columns_clones(w, g, n, wg, abs_wg, gg);
+AddColumns add_columns(Type wt, Type gt, bool absolute) {
+  if (wt == Type::f32) return columns<float, float>(absolute);
+  if (wt == Type::bf16) return gt == Type::f32 ? columns<bf16, float>(absolute) : columns<bf16, bf16>(absolute);
+  return gt == Type::f32 ? columns<fp16, float>(absolute) : columns<fp16, fp16>(absolute);
 }
 
 void load(const void* source, Type type, int64_t stride, int64_t n, float* out) {

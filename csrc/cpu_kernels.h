@@ -23,8 +23,15 @@ Sums total(const Lanes& lanes);
 // The same for a whole contiguous row of n elements at once: the function for these types. abs_wg only where `absolute`.
 using RowRelevance = Sums (*)(const void* w, const void* g, int64_t n);
 RowRelevance row_relevance(Type wt, Type gt, bool absolute);
-// acc[j] += for column sums: n columns of one row.
-void add_columns(const float* w, const float* g, int64_t n, float* wg, float* abs_wg, float* gg);
+// Sums of n columns; abs_wg is used only where it was asked for.
+struct ColumnSums {
+  float *wg, *abs_wg, *gg;
+};
+// Adds `rows` rows of n adjacent columns, the strides (in elements) apart, to the sums, in the order of the rows: the
+// function for these types.
+using AddColumns = void (*)(const void* w, const void* g, int64_t w_stride, int64_t g_stride, int64_t rows, int64_t n,
+                            const ColumnSums* into);
+AddColumns add_columns(Type wt, Type gt, bool absolute);
 
 // n elements, `stride` elements apart, to contiguous fp32 and back.
 void load(const void* source, Type type, int64_t stride, int64_t n, float* out);

@@ -20,7 +20,7 @@ constexpr int64_t kThreadElements = 1 << 17;
 // their step; smaller items switch more often between reading and stepping, and each switch breaks off the streams that
 // the hardware prefetcher follows.
 constexpr int64_t kFusedBytes = 2 << 20;
-constexpr int64_t kStrip = 512;    // columns summed at once; three accumulators of it stay in L1
+constexpr int64_t kStrip = 2048, kWideStrip = 16384;  // columns summed at once: at least, and at most where work abounds
 constexpr int64_t kStripRows = 64;  // rows summed before the partial sums join the total
 
 cpu::Type kernel_type(Dtype dtype) { return static_cast<cpu::Type>(static_cast<int>(dtype)); }
@@ -61,17 +61,41 @@ const float* as_floats(const Matrix& m, int64_t row, int64_t column, int64_t n, 
   return buffer;
 }
 
-void column_sums(const Matrix& w, const Matrix& g, int64_t column, int64_t n, Sums* out) {
-  alignas(64) float wb[kStrip], gb[kStrip], partial[3][kStrip], sum[3][kStrip] = {};
+// Zeros from the start of a cache line on. Work must not throw, and this may: but less than a megabyte.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : lines_(size_t(n + 15) / 16) {}
+  float* data() { return lines_.empty() ? nullptr : lines_[0].values; }
+
+ private:
+  struct alignas(64) Line {
+    float values[16];
+  };
+  std::vector<Line> lines_;
+};
+
+// Columns of a matrix, some rows at a time: partial sums keep the error that grows with the number of rows small.
+void column_sums(const Matrix& w, const Matrix& g, int64_t column, int64_t n, bool absolute, Sums* out) {
+  const int64_t stride = (n + 15) / 16 * 16, count = 3 * stride;
+  Floats partials(count), sums(count), w_row(n), g_row(n);
+  float *partial = partials.data(), *sum = sums.data();
+  const cpu::ColumnSums into{partial, partial + stride, partial + 2 * stride};
+  const bool whole = w.col_stride == 1 && g.col_stride == 1;
+  const cpu::AddColumns add = whole ? cpu::add_columns(kernel_type(w.dtype), kernel_type(g.dtype), absolute)
+                                    : cpu::add_columns(cpu::Type::f32, cpu::Type::f32, absolute);
   for (int64_t r0 = 0; r0 < w.rows; r0 += kStripRows) {
-    std::fill(&partial[0][0], &partial[0][0] + 3 * kStrip, 0.0f);
-    for (int64_t r = r0; r < std::min(w.rows, r0 + kStripRows); ++r)
-      cpu::add_columns(as_floats(w, r, column, n, wb), as_floats(g, r, column, n, gb), n, partial[0], partial[1],
-                       partial[2]);
-    for (int s = 0; s < 3; ++s)
-      for (int64_t j = 0; j < n; ++j) sum[s][j] += partial[s][j];
+    std::fill(partial, partial + count, 0.0f);
+    const int64_t rows = std::min(w.rows - r0, kStripRows);
+    if (whole) {
+      add(w.data + (r0 * w.row_stride + column) * bytes(w.dtype), g.data + (r0 * g.row_stride + column) * bytes(g.dtype),
+          w.row_stride, g.row_stride, rows, n, &into);
+    } else {
+      for (int64_t r = r0; r < r0 + rows; ++r)
+        add(as_floats(w, r, column, n, w_row.data()), as_floats(g, r, column, n, g_row.data()), 0, 0, 1, n, &into);
+    }
+    for (int64_t j = 0; j < count; ++j) sum[j] += partial[j];
   }
-  for (int64_t j = 0; j < n; ++j) out[j] = {sum[0][j], sum[1][j], sum[2][j]};
+  for (int64_t j = 0; j < n; ++j) out[j] = {sum[j], sum[stride + j], sum[2 * stride + j]};
 }
 
 struct Item {
@@ -126,19 +150,23 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
   std::vector<std::vector<Sums>> sums(parts.size());
   const bool absolute = std::find(criteria.begin(), criteria.end(), int64_t(kTaylorAbs)) != criteria.end();
   std::vector<Item> items;
-  int64_t elements = 0;
+  int64_t elements = 0, columns = 0;
+  for (const Part& p : parts) columns += p.dim == 1 ? p.neurons() : 0;
+  // columns: fp32 streams best in whole rows; where there are few of them, threads want strips
+  const int64_t strip = std::clamp(columns / 4, kStrip, kWideStrip);
   for (size_t i = 0; i < parts.size(); ++i) {
     const int64_t neurons = parts[i].neurons();
     elements += neurons * parts[i].width();
     sums[i].resize(size_t(neurons));
-    const int64_t chunk =
-        parts[i].dim == 1 ? kStrip : std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, parts[i].width()));
+    const int64_t rows = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, parts[i].width()));
+    const int64_t chunk = parts[i].dim == 0 ? rows : parts[i].w.dtype == Dtype::f32 ? strip : kStrip;
     for (int64_t b = 0; b < neurons; b += chunk) items.push_back({i, b, std::min(neurons, b + chunk)});
   }
   for_items(int64_t(items.size()), elements, [&](int64_t index) {
     const Item& item = items[size_t(index)];
     const Part& p = parts[item.part];
-    if (p.dim == 1) return column_sums(p.w, p.g, item.begin, item.end - item.begin, &sums[item.part][size_t(item.begin)]);
+    if (p.dim == 1)
+      return column_sums(p.w, p.g, item.begin, item.end - item.begin, absolute, &sums[item.part][size_t(item.begin)]);
     const cpu::RowRelevance whole = cpu::row_relevance(kernel_type(p.w.dtype), kernel_type(p.g.dtype), absolute);
     Sums* own = sums[item.part].data();
     for (int64_t r = item.begin; r < item.end; ++r) own[r] = row_sums(p.w, p.g, r, whole);

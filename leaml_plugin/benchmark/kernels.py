@@ -1,9 +1,10 @@
 """``leaml bench kernels``: every op against named peers and against the physical limit, in one run.
 
-Covers: relevance, selection, sparse AdamW, their fusion and the selective weight gradient, by dtype and density, at the
-layer shapes of Qwen2.5-VL. Each repetition times every contender once, in rotated order; a ratio is the median over the
-repetitions of ``peer time / our time`` of the same repetition, so a slow moment of the machine hits both sides. On the
-CPU with one thread it is that thread's CPU time that is taken, which a busy neighbour does not lengthen.
+Covers: relevance (of rows by one criterion and by all four, of columns), selection, sparse AdamW, their fusion and the
+selective weight gradient, by dtype and density, at the layer shapes of Qwen2.5-VL. Each repetition times every
+contender once, in rotated order; a ratio is the median over the repetitions of ``peer time / our time`` of the same
+repetition, so a slow moment of the machine hits both sides. On the CPU with one thread it is that thread's CPU time
+that is taken, which a busy neighbour does not lengthen.
 Does not cover: whole training steps (``step``) and correctness (the tests).
 
 The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by reading as
@@ -244,8 +245,14 @@ class Layers:
             return [(torch.randn(s, device=device, generator=generator) * scale).to(dtype) for s in shapes]
 
         self.weights, self.grads = normal(0.02), normal(1e-3)
-        self.out = [torch.zeros(s[0], device=device) for s in shapes]
+        self.out = self.zeros(lambda w: (w.shape[0],))
         self.parameters = sum(w.numel() for w in self.weights)
+
+    def zeros(self, shape: Callable[[Any], tuple[int, ...]]) -> list[Any]:
+        """An fp32 tensor a weight."""
+        import torch
+
+        return [torch.zeros(shape(w), device=self.device) for w in self.weights]
 
     def select(self, density: float) -> None:
         """Rows of a random selection."""
@@ -294,6 +301,22 @@ def eager_relevance(weights, grads, out) -> None:
     """What one writes in PyTorch: the first-order Taylor score of every row."""
     for w, g, o in zip(weights, grads, out):
         o += (w * g).sum(1, dtype=o.dtype).abs()
+
+
+def eager_relevance_of_columns(weights, grads, out) -> None:
+    """The same of every input column."""
+    for w, g, o in zip(weights, grads, out):
+        o += (w * g).sum(0, dtype=o.dtype).abs()
+
+
+def eager_relevance_all(weights, grads, out) -> None:
+    """All four criteria of every row: ``out`` is ``[4, rows]`` each."""
+    for w, g, o in zip(weights, grads, out):
+        product, squares = w * g, (g * g).sum(1, dtype=o.dtype)
+        o[0] += product.sum(1, dtype=o.dtype).abs()
+        o[1] += product.abs().sum(1, dtype=o.dtype)
+        o[2] += squares
+        o[3] += squares.sqrt()
 
 
 def eager_relevance_and_norm(weights, grads, out) -> Any:
@@ -449,19 +472,32 @@ class Bench:
         return torch.compile(function)
 
     def relevance(self, dtype: str, layers: Layers) -> None:
+        """Rows by one criterion, rows by all four, columns: every weight and gradient is read once in each."""
         from leaml_plugin import ops
 
-        lists = (layers.weights, layers.grads, layers.out)
-        contenders = [
-            Contender("ours", lambda: ops.neuron_relevance_(*lists)),
-            Contender("eager", lambda: eager_relevance(*lists)),
-            Contender("eager_with_norm", lambda: eager_relevance_and_norm(*lists)),
-        ]
-        if self.config.compile:
-            fast = self.compiled(eager_relevance)
-            contenders.append(Contender("compile", lambda: fast(*lists)))
+        columns, table = layers.zeros(lambda w: (w.shape[1],)), layers.zeros(lambda w: (4, w.shape[0]))
         needed = 2 * layers.parameters * layers.weights[0].element_size()
-        self.measure("relevance", dtype, None, contenders, Limit(needed, self.device, True), needed, layers)
+        for op, out, options, eager in (
+            ("relevance", layers.out, {}, eager_relevance),
+            ("relevance_all", table, {"criteria": list(ops.CRITERIA)}, eager_relevance_all),
+            ("relevance_columns", columns, {"dims": 1}, eager_relevance_of_columns),
+        ):
+            self.relevance_of(op, dtype, layers, (layers.weights, layers.grads, out), options, eager, needed)
+
+    def relevance_of(self, op: str, dtype: str, layers: Layers, lists: Any, options: dict[str, Any], eager: Any,
+                     needed: int) -> None:  # fmt: skip
+        from leaml_plugin import ops
+
+        contenders = [
+            Contender("ours", lambda: ops.neuron_relevance_(*lists, **options)),
+            Contender("eager", lambda: eager(*lists)),
+        ]
+        if op == "relevance":
+            contenders.append(Contender("eager_with_norm", lambda: eager_relevance_and_norm(*lists)))
+        if self.config.compile:
+            fast = self.compiled(eager)
+            contenders.append(Contender("compile", lambda: fast(*lists)))
+        self.measure(op, dtype, None, contenders, Limit(needed, self.device, True), needed, layers)
 
     def sparse_adamw(self, dtype: str, layers: Layers, density: float) -> None:
         import torch

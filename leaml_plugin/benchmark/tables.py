@@ -5,6 +5,7 @@ Covers: rows as ``leaml bench kernels --json`` writes them, from a CPU or a GPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ PEERS = {
     "sort": "stable sort",
     "whole_gradient": "the whole gradient",
     "our_two_parts": "our two parts apart",
+}
+# ops, and how the bars call them
+RELEVANCE = {
+    "relevance": "relevance",
+    "relevance_all": "relevance by all four criteria",
+    "relevance_columns": "relevance of columns",
 }
 STATES = {"fp32": "fp32", "8bit": "8-bit", "master": "fp32 + masters"}
 
@@ -97,6 +104,8 @@ def page(rows: Sequence[Row]) -> str:
     # one op a heading; its rows, and the columns before the peers'
     found: list[tuple[str, list[Row], Mapping[str, Any]]] = [
         ("Relevance", of("relevance"), without_density),
+        ("Relevance by all four criteria", of("relevance_all"), without_density),
+        ("Relevance of columns", of("relevance_columns"), without_density),
         ("Sparse AdamW", of("sparse_adamw", "fp32"), {**common, **stream}),
         ("Fusion: relevance of all neurons and the masked step", of("fusion", "fp32"), {**common, **over}),
         (
@@ -113,7 +122,7 @@ def page(rows: Sequence[Row]) -> str:
             parts.append(f"#### {heading}\n\n{table(some_rows, columns)}\n")
     reached = bars(rows)
     if reached:
-        dtypes = list(dict.fromkeys(row["dtype"] for row in rows if row["op"] in ("relevance", "sparse_adamw")))
+        dtypes = list(dict.fromkeys(row["dtype"] for row in rows if row["op"] in (*RELEVANCE, "sparse_adamw")))
         parts.append("#### Against the bars\n\n" + markdown_table(["bar", *map(short, dtypes)], reached) + "\n")
     return "\n".join(parts)
 
@@ -131,9 +140,9 @@ def bars(rows: Sequence[Row]) -> list[list[str]]:
     asked = {
         d: [row for row in steps if row["density"] == d] for d in (0.05, 0.10) if any(r["density"] == d for r in steps)
     }
-    relevance = [row for row in rows if row["op"] == "relevance"]
+    relevance = {title: [row for row in rows if row["op"] == op] for op, title in RELEVANCE.items()}
     fused = [row for row in rows if row["op"] == "fusion" and row["state"] == "fp32" and row["density"] == 0.05]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in [*relevance, *steps]))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in [*itertools.chain(*relevance.values()), *steps]))
 
     def peer(name: str) -> Any:
         return lambda row: row["ratio"].get(name)
@@ -141,11 +150,15 @@ def bars(rows: Sequence[Row]) -> list[list[str]]:
     def share(row: Row) -> float | None:
         return row["limit_share"]
 
-    per_op: list[tuple[str, list[tuple[Sequence[Row], Any, float]]]] = [
-        ("relevance: at least 0.85 of the limit", [(relevance, share, 0.85)]),
-        ("relevance: 5 times eager", [(relevance, peer("eager"), 5.0)]),
-        ("relevance: 3 times eager, tuned allocator", [(relevance, peer("eager_tuned_malloc"), 3.0)]),
-        ("relevance: 1.1 times torch.compile", [(relevance, peer("compile"), 1.1)]),
+    per_op: list[tuple[str, list[tuple[Sequence[Row], Any, float]]]] = []
+    for title, own in relevance.items():
+        per_op += [
+            (f"{title}: at least 0.85 of the limit", [(own, share, 0.85)]),
+            (f"{title}: 5 times eager", [(own, peer("eager"), 5.0)]),
+            (f"{title}: 3 times eager, tuned allocator", [(own, peer("eager_tuned_malloc"), 3.0)]),
+            (f"{title}: 1.1 times torch.compile", [(own, peer("compile"), 1.1)]),
+        ]
+    per_op += [
         ("step at 5 / 10 %: at least 0.85 of the limit", [(own, share, 0.85) for own in asked.values()]),
         (
             "step: 3 times gather + fused + scatter",

@@ -19,7 +19,7 @@ def test_rows_have_the_promised_keys(tmp_path, native):
     )  # fmt: skip
     kernels.run(config)
     rows = json.loads(target.read_text())
-    assert [row["op"] for row in rows] == ["relevance", "sparse_adamw"]
+    assert [row["op"] for row in rows] == ["relevance", "relevance_all", "relevance_columns", "sparse_adamw"]
     for row in rows:
         assert {"op", "dtype", "density", "device", "time_ms", "limit_share", "ratio"} <= set(row)
         assert row["time_ms"] > 0 and row["limit_share"] > 0 and row["ratio"]["eager"] > 0

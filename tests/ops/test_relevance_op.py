@@ -68,16 +68,37 @@ def test_every_half_precision_number_is_read_exactly(dtype):
         ops.neuron_relevance_([weights], [grads], [out], criteria="taylor_abs")
         expected = grads.float().abs().double().sum(1).float()
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=0, equal_nan=True)
+        out = torch.zeros(grads.shape[0])  # the same as columns of contiguous rows
+        columns = grads.t().contiguous()
+        ops.neuron_relevance_([torch.ones_like(columns)], [columns], [out], criteria="taylor_abs", dims=1)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
-def test_one_criterion_takes_a_vector_and_equals_its_row():
-    w, g = random_matrix((9, 130), torch.float32, "contiguous", 0), random_matrix((9, 130), torch.float32, "padded", 1)
-    table = torch.zeros(4, 9)
-    ops.neuron_relevance_([w], [g], [table], criteria=ALL)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_criterion_takes_a_vector_and_equals_its_row(dtype, dim):
+    """With and without the absolute sums: another loop, the same bits."""
+    w, g = random_matrix((77, 130), dtype, "contiguous", 0), random_matrix((77, 130), dtype, "padded", 1)
+    table = torch.zeros(4, w.shape[dim])
+    ops.neuron_relevance_([w], [g], [table], criteria=ALL, dims=dim)
     for name, row in zip(ALL, table):
-        out = torch.zeros(9)
-        ops.neuron_relevance_([w], [g], [out], criteria=name)
+        out = torch.zeros(w.shape[dim])
+        ops.neuron_relevance_([w], [g], [out], criteria=name, dims=dim)
         assert torch.equal(out, row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_do_not_depend_on_the_strip_they_are_summed_in(dtype):
+    """A matrix of its own, and among others, where strips are wider."""
+    w, g = random_matrix((70, 5000), dtype, "contiguous", 0), random_matrix((70, 5000), dtype, "contiguous", 1)
+    alone, among = torch.zeros(5000), torch.zeros(5000)
+    ops.neuron_relevance_([w], [g], [alone], dims=1)
+    others = [torch.zeros(5000) for _ in range(7)]
+    ops.neuron_relevance_([w] * 8, [g] * 8, [among, *others], dims=1)
+    assert torch.equal(alone, among)
+    expected = (w.double() * g.double()).sum(0)
+    bound = 1e-5 * (w.double() * g.double()).abs().sum(0)
+    assert ((alone - expected.abs()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
