@@ -210,6 +210,39 @@ struct Coefficients {
   RowCoefficients values{};
 };
 
+bool draws(const Update& u, const Call& call) {
+  return u.m_scale != nullptr || (call.hyper.stochastic && !u.master);
+}
+
+// A step of n <= kTile elements of the j-th selected row, from `column` on: w and g are contiguous fp32, the states are
+// found in u.
+void step_tile(const Update& u, int64_t j, int64_t column, int64_t n, float* w, const float* g, const Call& call,
+               const RowCoefficients& c, uint32_t key, const cpu::Ahead& ahead) {
+  const int64_t at = j * u.width + column;
+  if (!u.m_scale) {
+    cpu::step(w, g, static_cast<float*>(u.m) + at, static_cast<float*>(u.v) + at, n, call.unscale, call.factor, call.hyper,
+              c, ahead);
+    return;
+  }
+  alignas(64) float m[cpu::kTile], v[cpu::kTile];
+  const int64_t block = j * ((u.width + kBlock - 1) / kBlock) + column / kBlock;
+  uint8_t *m_code = static_cast<uint8_t*>(u.m) + at, *v_code = static_cast<uint8_t*>(u.v) + at;
+  cpu::decode(m_code, u.m_scale + block, n, true, m);
+  cpu::decode(v_code, u.v_scale + block, n, false, v);
+  cpu::step(w, g, m, v, n, call.unscale, call.factor, call.hyper, c, ahead);
+  cpu::encode(m, n, true, key, column, m_code, u.m_scale + block);
+  cpu::encode(v, n, false, key, column, v_code, u.v_scale + block);
+}
+
+// n weights back to where they are kept, `stride` elements apart.
+void store_weights(const Update& u, const Call& call, const float* w, int64_t column, int64_t n, char* target,
+                   int64_t stride, uint32_t key) {
+  if (call.hyper.stochastic && !u.master)
+    cpu::store_stochastic(w, n, target, kernel_type(u.w.dtype), stride, key, column);
+  else
+    cpu::store(w, n, target, kernel_type(u.w.dtype), stride);
+}
+
 // The j-th selected row of u, in one go or a tile at a time through L1. Row j + 1 is prefetched where it is below `end`.
 void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call& call, Coefficients& known) {
   const int64_t row = u.rows[j], source = u.compact ? j : row;
@@ -217,8 +250,8 @@ void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call
   if (t != known.step) known = {t, row_coefficients(call.hyper, call.lr, t)};
   const RowCoefficients c = known.values;
   const bool eight_bit = u.m_scale != nullptr, stochastic = call.hyper.stochastic && !u.master;
-  const uint32_t key = eight_bit || stochastic ? row_key(call.hyper.seed, int64_t(tensor), row, t) : 0u;
-  const int64_t wb = bytes(u.w.dtype), gb = bytes(u.g.dtype), blocks = (u.width + kBlock - 1) / kBlock;
+  const uint32_t key = draws(u, call) ? row_key(call.hyper.seed, int64_t(tensor), row, t) : 0u;
+  const int64_t wb = bytes(u.w.dtype), gb = bytes(u.g.dtype);
   char* w_row = u.w.data + row * u.w.row_stride * wb;
   const char* g_row = u.g.data + source * u.g.row_stride * gb;
   const bool direct = u.w.dtype == Dtype::f32 && u.w.col_stride == 1 && !u.master;
@@ -242,7 +275,7 @@ void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call
     u.step[j] = t;
     return;
   }
-  alignas(64) float w_buffer[cpu::kTile], g_buffer[cpu::kTile], m_buffer[cpu::kTile], v_buffer[cpu::kTile];
+  alignas(64) float w_buffer[cpu::kTile], g_buffer[cpu::kTile];
   for (int64_t column = 0; column < u.width; column += cpu::kTile) {
     const int64_t n = std::min<int64_t>(cpu::kTile, u.width - column), at = j * u.width + column;
     const int64_t coming = column + cpu::kTile;
@@ -265,27 +298,73 @@ void step_row(const Update& u, size_t tensor, int64_t j, int64_t end, const Call
       cpu::load(gp, kernel_type(u.g.dtype), u.g.col_stride, n, g_buffer);
       g = g_buffer;
     }
-    float *m = m_buffer, *v = v_buffer;
-    const int64_t block = j * blocks + column / kBlock;
-    if (eight_bit) {
-      cpu::decode(static_cast<uint8_t*>(u.m) + at, u.m_scale + block, n, true, m_buffer);
-      cpu::decode(static_cast<uint8_t*>(u.v) + at, u.v_scale + block, n, false, v_buffer);
-    } else {
-      m = static_cast<float*>(u.m) + at;
-      v = static_cast<float*>(u.v) + at;
-    }
-    cpu::step(w, g, m, v, n, call.unscale, call.factor, call.hyper, c, ahead);
-    if (eight_bit) {
-      cpu::encode(m, n, true, key, column, static_cast<uint8_t*>(u.m) + at, u.m_scale + block);
-      cpu::encode(v, n, false, key, column, static_cast<uint8_t*>(u.v) + at, u.v_scale + block);
-    }
-    if (direct) continue;
-    if (stochastic)
-      cpu::store_stochastic(w, n, wp, kernel_type(u.w.dtype), u.w.col_stride, key, column);
-    else
-      cpu::store(w, n, wp, kernel_type(u.w.dtype), u.w.col_stride);
+    step_tile(u, j, column, n, w, g, call, c, key, ahead);
+    if (!direct) store_weights(u, call, w, column, n, wp, u.w.col_stride, key);
   }
   u.step[j] = t;
+}
+
+// --- selected columns of what lies in memory: a transposed weight -----------------------------------------------------
+
+constexpr int64_t kAcross = kBlock;     // elements of a selected column at once; blocks of 8-bit states stay whole
+constexpr int64_t kAcrossTogether = 32;  // columns at once: neighbours often share their cache lines
+
+bool lies_across(const Update& u) {
+  const bool gradient = u.g.row_stride == 1 || (u.compact && u.g.col_stride == 1);
+  return u.w.row_stride == 1 && u.w.col_stride != 1 && u.k > 1 && gradient;
+}
+
+// Elements [begin, begin + n) of the columns `at` to fp32, or back: T is their type in memory. Memory is walked row by row.
+template <class T, class F>
+void for_across(const Matrix& m, const int64_t* at, int64_t count, int64_t begin, int64_t n, const F& f) {
+  T* line = reinterpret_cast<T*>(m.data) + begin * m.col_stride;
+  for (int64_t i = 0; i < n; ++i, line += m.col_stride) {
+    for (int64_t j = 0; j < count; ++j) __builtin_prefetch(line + 4 * m.col_stride + at[j]);
+    for (int64_t j = 0; j < count; ++j) f(j, i, line[at[j]]);
+  }
+}
+
+template <class F>
+void for_across(const Matrix& m, const int64_t* at, int64_t count, int64_t begin, int64_t n, const F& f) {
+  if (m.dtype == Dtype::f32) return for_across<float>(m, at, count, begin, n, f);
+  if (m.dtype == Dtype::bf16) return for_across<bf16>(m, at, count, begin, n, f);
+  for_across<fp16>(m, at, count, begin, n, f);
+}
+
+// Elements [begin, begin + n) of every selected row of u; the rows' steps are counted by whoever calls.
+void step_across(const Update& u, size_t tensor, int64_t begin, int64_t n, const Call& call) {
+  constexpr int64_t stride = kAcross + 16;  // lines that lie a power of two apart would crowd the cache
+  alignas(64) float w[kAcrossTogether][stride], g[kAcrossTogether][stride];
+  alignas(64) uint32_t stored[kAcrossTogether][stride];
+  Coefficients known;
+  for (int64_t first = 0; first < u.k; first += kAcrossTogether) {
+    const int64_t count = std::min(kAcrossTogether, u.k - first);
+    const int64_t* rows = u.rows + first;
+    if (!u.master) for_across(u.w, rows, count, begin, n, [&](int64_t j, int64_t i, auto& x) { w[j][i] = to_float(x); });
+    if (!u.compact) for_across(u.g, rows, count, begin, n, [&](int64_t j, int64_t i, auto& x) { g[j][i] = to_float(x); });
+    for (int64_t j = 0; j < count; ++j) {
+      const float t = u.step[first + j] + 1.0f;
+      if (t != known.step) known = {t, row_coefficients(call.hyper, call.lr, t)};
+      const uint32_t key = draws(u, call) ? row_key(call.hyper.seed, int64_t(tensor), rows[j], t) : 0u;
+      if (u.compact)
+        cpu::load(u.g.data + ((first + j) * u.g.row_stride + begin * u.g.col_stride) * bytes(u.g.dtype),
+                  kernel_type(u.g.dtype), u.g.col_stride, n, g[j]);
+      float* own = u.master ? u.master + (first + j) * u.width + begin : w[j];
+      step_tile(u, first + j, begin, n, own, g[j], call, known.values, key, {});
+      store_weights(u, call, own, begin, n, reinterpret_cast<char*>(stored[j]), 1, key);
+    }
+    for_across(u.w, rows, count, begin, n, [&](int64_t j, int64_t i, auto& x) {
+      memcpy(&x, reinterpret_cast<const char*>(stored[j]) + i * int64_t(sizeof(x)), sizeof(x));
+    });
+  }
+}
+
+// One piece of the work of a step: selected rows [begin, end) or, where these lie across memory, their elements.
+void step_item(const std::vector<Update>& updates, const Item& item, const Call& call) {
+  const Update& u = updates[item.part];
+  if (lies_across(u)) return step_across(u, item.part, item.begin, item.end - item.begin, call);
+  Coefficients known;
+  for (int64_t j = item.begin; j < item.end; ++j) step_row(u, item.part, j, u.k, call, known);
 }
 
 void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps,
@@ -302,16 +381,17 @@ void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_a
   std::vector<Item> items;
   int64_t elements = 0;
   for (size_t i = 0; i < updates.size(); ++i) {
-    const int64_t chunk = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, updates[i].width));
-    elements += updates[i].k * updates[i].width;
-    for (int64_t b = 0; b < updates[i].k; b += chunk) items.push_back({i, b, std::min(updates[i].k, b + chunk)});
+    const Update& u = updates[i];
+    const bool across = lies_across(u);
+    const int64_t total = across ? u.width : u.k;
+    const int64_t chunk = across ? kAcross : std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, u.width));
+    elements += u.k * u.width;
+    for (int64_t b = 0; b < total; b += chunk) items.push_back({i, b, std::min(total, b + chunk)});
   }
-  for_items(int64_t(items.size()), elements, [&](int64_t index) {
-    const Item& item = items[size_t(index)];
-    Coefficients known;
-    const Update& u = updates[item.part];
-    for (int64_t j = item.begin; j < item.end; ++j) step_row(u, item.part, j, u.k, call, known);
-  });
+  for_items(int64_t(items.size()), elements,
+            [&](int64_t index) { step_item(updates, items[size_t(index)], call); });
+  for (const Update& u : updates)
+    for (int64_t j = 0; lies_across(u) && j < u.k; ++j) u.step[j] += 1.0f;
 }
 
 // --- the fusion ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """``leaml bench kernels``: every op against named peers and against the physical limit, in one run.
 
-Covers: relevance (of rows by one criterion and by all four, of columns), selection, sparse AdamW, their fusion and the
-selective weight gradient, by dtype and density, at the layer shapes of Qwen2.5-VL. Each repetition times every
-contender once, in rotated order; a ratio is the median over the repetitions of ``peer time / our time`` of the same
-repetition, so a slow moment of the machine hits both sides. On the CPU with one thread it is that thread's CPU time
-that is taken, which a busy neighbour does not lengthen.
+Covers: relevance (of rows by one criterion and by all four, of columns), selection, sparse AdamW (of rows and of
+columns), their fusion and the selective weight gradient, by dtype and density, at the layer shapes of Qwen2.5-VL. Each
+repetition times every contender once, in rotated order; a ratio is the median over the repetitions of ``peer time / our
+time`` of the same repetition, so a slow moment of the machine hits both sides. On the CPU with one thread it is that
+thread's CPU time that is taken, which a busy neighbour does not lengthen.
 Does not cover: whole training steps (``step``) and correctness (the tests).
 
 The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by reading as
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -268,6 +269,13 @@ class Layers:
         self.rows = [r.to(self.device) for r in self.rows]
         self.keep("fp32")
         self.selected = sum(m.numel() for m in self.exp_avg)
+
+    def turned(self, density: float) -> Layers:
+        """The same weights and gradients by their columns, a random selection of which is trained."""
+        result = copy.copy(self)
+        result.weights, result.grads = [w.t() for w in self.weights], [g.t() for g in self.grads]
+        result.select(density)
+        return result
 
     def keep(self, kind: str) -> None:
         """Fresh optimizer state of a kind of ``STATES``."""
@@ -534,8 +542,23 @@ class Bench:
             for peer in optional_gpu_peers(layers):
                 merge(self.rows[-1], summary(compare([ours, peer], self.timer, few), None, 0))
         print(line(self.rows[-1]), flush=True)
+        self.columns(dtype, layers.turned(density), density)
         for state in STATES[1:] if not self.config.peers else ():
             self.other_state(dtype, layers, density, state)
+
+    def columns(self, dtype: str, layers: Layers, density: float) -> None:
+        """The step of input columns. No limit: how many bytes move depends on which columns share a cache line."""
+        import torch
+
+        from leaml_plugin import ops
+
+        step = torch.ones((), device=layers.device)
+        contenders = [
+            Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options)),
+            Contender("gather_fused_scatter", gather_fused_scatter(layers)),
+            Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
+        ]
+        self.measure("sparse_adamw_columns", dtype, density, contenders, None, None, layers, "fp32")
 
     def other_state(self, dtype: str, layers: Layers, density: float, state: str) -> None:
         """The step and the fusion with 8-bit states or masters, against those with plain fp32 states."""

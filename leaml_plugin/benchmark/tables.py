@@ -107,6 +107,7 @@ def page(rows: Sequence[Row]) -> str:
         ("Relevance by all four criteria", of("relevance_all"), without_density),
         ("Relevance of columns", of("relevance_columns"), without_density),
         ("Sparse AdamW", of("sparse_adamw", "fp32"), {**common, **stream}),
+        ("Sparse AdamW of columns", of("sparse_adamw_columns"), {k: common[k] for k in ("dtype", "density", "ms")}),
         ("Fusion: relevance of all neurons and the masked step", of("fusion", "fp32"), {**common, **over}),
         (
             "Other states: the step",

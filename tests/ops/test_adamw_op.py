@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, dtypes, layouts, make_problem, random_rows, shapes
+from kernel_cases import DTYPES, dtypes, laid_out, layouts, make_problem, random_rows, shapes
 
 from leaml_plugin import ops
 from leaml_plugin.ops import reference
@@ -65,6 +65,32 @@ def test_compiled_code_equals_its_twin_bit_for_bit(
         problem.step("native")
         twin.step("reference")
     for got, wanted in zip(problem.tensors(), twin.tensors()):
+        assert torch.equal(bits(got), bits(wanted))
+
+
+@pytest.mark.parametrize("state", ["fp32", "eight_bit", "master", "stochastic"])
+@pytest.mark.parametrize("gradient", ["across", "compact", "compact across", "every other"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_of_a_weight_take_the_step_of_rows(dtype, gradient, state):
+    """The transposed view of a weight, as FFN granularity trains it, against the same rows lying in memory one by one:
+    many more rows and elements than are taken at once, and rows of different ages."""
+    options = {
+        "eight_bit": state == "eight_bit",
+        "master": state == "master",
+        "stochastic_rounding": state == "stochastic",
+        "compact": gradient.startswith("compact"),
+    }
+    rows = make_problem([(130, 1030), (70, 40)], dtype, density=0.6, weight_decay=0.1, **options)
+    for ages in (s["step"] for s in rows.states):
+        ages.copy_(torch.arange(len(ages)) % 3 * 10)
+    columns = rows.copy()
+    columns.params = [laid_out(p, "transposed") for p in columns.params]
+    layout = {"compact": "contiguous", "every other": "every_other"}.get(gradient, "transposed")
+    columns.grads = [laid_out(g, layout) for g in columns.grads]
+    for _ in range(3):
+        rows.step("native")
+        columns.step("native")
+    for got, wanted in zip(columns.tensors(), rows.tensors()):
         assert torch.equal(bits(got), bits(wanted))
 
 
