@@ -5,7 +5,8 @@ columns), their fusion and the selective weight gradient, by dtype and density, 
 repetition times every contender once, in rotated order; a ratio is the median over the repetitions of ``peer time / our
 time`` of the same repetition, so a slow moment of the machine hits both sides. On the CPU with one thread it is that
 thread's CPU time that is taken, which a busy neighbour does not lengthen.
-Does not cover: whole training steps (``step``) and correctness (the tests).
+Does not cover: whole training steps (``step``) and correctness (the tests); the clock (``timing``), what is measured on
+(``layers``), the peers (``peers``), the limits (``limits``) and the tables (``tables``) have modules of their own.
 
 The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by reading as
 many where the op only reads; for a sparse step on a CPU by moving the very same rows and state without any arithmetic,
@@ -16,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,19 +32,27 @@ from typing import Any
 
 from leaml_plugin.artifacts import read_json, write_text
 from leaml_plugin.benchmark import tables
+from leaml_plugin.benchmark.layers import MODELS, STATES, Layers, layer_shapes
+from leaml_plugin.benchmark.limits import Limit, same_bytes
+from leaml_plugin.benchmark.peers import (
+    HYPER,
+    eager_relevance,
+    eager_relevance_all,
+    eager_relevance_and_norm,
+    eager_relevance_of_columns,
+    eager_sparse_adamw,
+    gather_fused_scatter,
+    masked_dense,
+    optional_gpu_peers,
+)
+from leaml_plugin.benchmark.timing import Contender, Timer, compare, summary
+from leaml_plugin.benchmark.timing import quantile as quantile  # other benchmarks take it from here
 from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.report.markdown import require_marks, write_between
 
 OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_LAYERS = 4  # of a 7B model: a billion weights, far more than the caches hold
-STATES = ("fp32", "8bit", "master")  # of the optimizer: fp32; 8-bit in blocks; fp32 with fp32 masters of half weights
-# (hidden, feed-forward, key-value width, layers of the language model)
-MODELS = {
-    "qwen2.5-vl-3b": (2048, 11008, 256, 36),
-    "qwen2.5-vl-7b": (3584, 18944, 512, 28),
-    "tiny": (256, 688, 64, 2),
-}
 
 
 @dataclass(frozen=True)
@@ -85,15 +92,6 @@ class Config:
 
 
 @dataclass
-class Contender:
-    """One way to do the work. ``before`` is not timed."""
-
-    name: str
-    run: Callable[[], Any]
-    before: Callable[[], Any] | None = None
-
-
-@dataclass
 class Row:
     """One line of the result: times in milliseconds, ``ratio[peer]`` = peer's time / our time."""
 
@@ -114,304 +112,6 @@ class Row:
     parameters: int = 0
     pairs: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
-
-
-# --- measuring -----------------------------------------------------------------------------------------------------
-
-
-class Timer:
-    """Milliseconds of one call: CUDA events, the thread's CPU time, or the clock where there are several threads.
-
-    On a GPU the work queues up behind a short sleep of the device, as it does in training, where the host runs ahead:
-    else the time it takes to launch would count as the device's.
-    """
-
-    def __init__(self, device: Any, threads: int):
-        import torch
-
-        self.cuda = device.type == "cuda"
-        self.torch = torch
-        self.clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
-
-    def __call__(self, contender: Contender) -> float:
-        if contender.before is not None:
-            contender.before()
-        if not self.cuda:
-            start = self.clock()
-            contender.run()
-            return (self.clock() - start) / 1e6
-        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.torch.cuda.synchronize()
-        self.torch.cuda._sleep(4_000_000)  # cycles: about two milliseconds
-        begin.record()
-        contender.run()
-        end.record()
-        self.torch.cuda.synchronize()
-        return begin.elapsed_time(end)
-
-
-def compare(contenders: Sequence[Contender], timer: Timer, pairs: int) -> list[dict[str, float]]:
-    """``pairs`` repetitions of all contenders, each repetition in another order, after two to warm up."""
-    for contender in contenders:
-        for _ in range(2):
-            timer(contender)
-    result = []
-    for number in range(pairs):
-        shift = number % len(contenders)
-        order = [*contenders[shift:], *contenders[:shift]]
-        result.append({contender.name: timer(contender) for contender in order})
-    return result
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_bytes: int) -> dict[str, Any]:
-    """Medians of the paired ratios. ``limit`` moved ``measured_bytes``; the op needs ``limit_bytes``."""
-    ours = [t["ours"] for t in times]
-    result: dict[str, Any] = {"time_ms": statistics.median(ours), "ratio": {}, "spread": {}, "limit_share": None}
-    for name in times[0]:
-        if name in ("ours", "limit", "same_bytes"):
-            continue
-        ratios = [t[name] / t["ours"] for t in times]
-        result["ratio"][name] = round(statistics.median(ratios), 3)
-        result["spread"][name] = (round(quantile(ratios, 0.2), 3), round(quantile(ratios, 0.8), 3))
-    if "limit" in times[0] and limit_bytes:
-        shares = [t["limit"] * limit_bytes / measured_bytes / t["ours"] for t in times]
-        result["limit_share"] = round(statistics.median(shares), 3)
-        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
-        result["bandwidth_gb_s"] = round(measured_bytes / statistics.median(t["limit"] for t in times) / 1e6, 1)
-        result["bytes"] = limit_bytes
-    if "same_bytes" in times[0]:
-        result["stream_share"] = result["limit_share"]
-        result["spread"]["stream"] = result["spread"]["limit"]
-        shares = [t["same_bytes"] / t["ours"] for t in times]
-        result["limit_share"] = round(statistics.median(shares), 3)
-        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
-    return result
-
-
-class Limit:
-    """A buffer that is streamed through memory: the read-modify-write (or the read) that bounds an op."""
-
-    def __init__(self, count: int, device: Any, read_only: bool):
-        import torch
-
-        # larger than the caches, whatever the op moves; the time is scaled to the op's bytes
-        least = (2**30 if device.type == "cuda" else 48 * 2**20) // 4
-        self.elements = max(count // (4 if read_only else 8), least)
-        self.buffer = torch.ones(self.elements, device=device)
-        self.bytes = self.elements * (4 if read_only else 8)
-        self.contender = Contender("limit", self.buffer.sum if read_only else lambda: self.buffer.add_(1.0))
-
-
-def same_bytes(layers: Layers) -> Contender:
-    """The traffic of a sparse step over the selected rows and nothing else: the limit that scattered rows set."""
-    from leaml_plugin import _native
-
-    traffic = _native.RowTraffic()
-    for weight, rows, grad, exp_avg, exp_avg_sq, _ in zip(*layers.step_lists):
-        size = weight.shape[1] * weight.element_size()
-        state = exp_avg.shape[1] * exp_avg.element_size()
-        for number, row in enumerate(rows.tolist()):
-            traffic.add(
-                weight.data_ptr() + row * size, grad.data_ptr() + row * size, exp_avg.data_ptr() + number * state,
-                exp_avg_sq.data_ptr() + number * state, size, state,
-            )  # fmt: skip
-    return Contender("same_bytes", traffic.move)
-
-
-# --- the layers ----------------------------------------------------------------------------------------------------
-
-
-def layer_shapes(model: str) -> list[tuple[int, int]]:
-    """``[out, in]`` of one decoder layer's Linears: q, k, v, o, gate, up, down."""
-    hidden, inner, kv, _ = MODELS[model]
-    return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), *[(inner, hidden)] * 2, (hidden, inner)]
-
-
-class Layers:
-    """Weights, gradients, rows and state of some layers in one dtype."""
-
-    def __init__(self, config: Config, dtype: Any, device: Any, layers: int):
-        import torch
-
-        self.device, self.dtype, self.layers = device, dtype, layers
-        shapes = layer_shapes(config.model) * layers
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(scale: float) -> list[Any]:
-            return [(torch.randn(s, device=device, generator=generator) * scale).to(dtype) for s in shapes]
-
-        self.weights, self.grads = normal(0.02), normal(1e-3)
-        self.out = self.zeros(lambda w: (w.shape[0],))
-        self.parameters = sum(w.numel() for w in self.weights)
-
-    def zeros(self, shape: Callable[[Any], tuple[int, ...]]) -> list[Any]:
-        """An fp32 tensor a weight."""
-        import torch
-
-        return [torch.zeros(shape(w), device=self.device) for w in self.weights]
-
-    def select(self, density: float) -> None:
-        """Rows of a random selection."""
-        import torch
-
-        from leaml_plugin import ops
-
-        generator = torch.Generator().manual_seed(1)
-        self.rows = [
-            torch.randperm(w.shape[0], generator=generator)[: ops.selected_count(density, w.shape[0])].sort().values
-            for w in self.weights
-        ]
-        self.rows = [r.to(self.device) for r in self.rows]
-        self.keep("fp32")
-        self.selected = sum(m.numel() for m in self.exp_avg)
-
-    def turned(self, density: float) -> Layers:
-        """The same weights and gradients by their columns, a random selection of which is trained."""
-        result = copy.copy(self)
-        result.weights, result.grads = [w.t() for w in self.weights], [g.t() for g in self.grads]
-        result.select(density)
-        return result
-
-    def keep(self, kind: str) -> None:
-        """Fresh optimizer state of a kind of ``STATES``."""
-        from leaml_plugin import ops
-
-        wanted = {"eight_bit": kind == "8bit", "master": kind == "master"}
-        states = [ops.new_state(w, r, **wanted) for w, r in zip(self.weights, self.rows)]
-        self.exp_avg, self.exp_avg_sq, self.steps = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq", "step"))
-        self.options: dict[str, Any] = {"lr": HYPER[0]}
-        if kind == "8bit":
-            self.options["scales"] = tuple([s[k] for s in states] for k in ("exp_avg_scale", "exp_avg_sq_scale"))
-        if kind == "master":
-            self.options["masters"] = [s["master"] for s in states]
-
-    def step_bytes(self, kind: str) -> int:
-        """What a step must move for the selected weights: the gradient read; weight, moments and masters both ways (a
-        weight that has a master is only written)."""
-        size, scales = self.weights[0].element_size(), 4 / 256
-        state = {"fp32": 16, "8bit": 2 * 2 * (1 + scales), "master": 24}[kind]
-        return round(self.selected * (size + (1 if kind == "master" else 2) * size + state))
-
-    @property
-    def step_lists(self) -> tuple[list[Any], ...]:
-        return self.weights, self.rows, self.grads, self.exp_avg, self.exp_avg_sq, self.steps
-
-
-# --- the peers -------------------------------------------------------------------------------------------------------
-
-
-def eager_relevance(weights, grads, out) -> None:
-    """What one writes in PyTorch: the first-order Taylor score of every row."""
-    for w, g, o in zip(weights, grads, out):
-        o += (w * g).sum(1, dtype=o.dtype).abs()
-
-
-def eager_relevance_of_columns(weights, grads, out) -> None:
-    """The same of every input column."""
-    for w, g, o in zip(weights, grads, out):
-        o += (w * g).sum(0, dtype=o.dtype).abs()
-
-
-def eager_relevance_all(weights, grads, out) -> None:
-    """All four criteria of every row: ``out`` is ``[4, rows]`` each."""
-    for w, g, o in zip(weights, grads, out):
-        product, squares = w * g, (g * g).sum(1, dtype=o.dtype)
-        o[0] += product.sum(1, dtype=o.dtype).abs()
-        o[1] += product.abs().sum(1, dtype=o.dtype)
-        o[2] += squares
-        o[3] += squares.sqrt()
-
-
-def eager_relevance_and_norm(weights, grads, out) -> Any:
-    """The same and the gradients' norm for clipping, which our op returns anyway."""
-    import torch
-
-    eager_relevance(weights, grads, out)
-    return torch.nn.utils.get_total_norm(grads)
-
-
-def eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, decay) -> None:
-    """The selected rows by indexing, fp32 state."""
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    for w, r, g, m, v in zip(weights, rows, grads, exp_avg, exp_avg_sq):
-        own, grad = w[r].to(m.dtype), g[r].to(m.dtype)
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        own = own * (1 - lr * decay) - (lr / correction1) * m / ((v / correction2).sqrt() + eps)
-        w[r] = own.to(w.dtype)
-
-
-HYPER = (1e-4, 0.9, 0.999, 1e-8, 0.01)
-
-
-def gather_fused_scatter(layers: Layers) -> Callable[[], None]:
-    import torch
-
-    scalar_steps = [torch.ones((), device=layers.device) for _ in layers.weights]
-    lr, beta1, beta2, eps, decay = HYPER
-
-    def run() -> None:
-        own = [w.index_select(0, r).float() for w, r in zip(layers.weights, layers.rows)]
-        grads = [g.index_select(0, r).float() for g, r in zip(layers.grads, layers.rows)]
-        torch._fused_adamw_(
-            own, grads, layers.exp_avg, layers.exp_avg_sq, [], scalar_steps,
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
-        for w, r, values in zip(layers.weights, layers.rows, own):
-            w.index_copy_(0, r, values.to(w.dtype))
-
-    return run
-
-
-def masked_dense(layers: Layers, kind: str) -> list[Contender]:
-    """torch.optim.AdamW over whole weights: with their gradients masked, which every step has to do, as each backward
-    pass makes new ones; and the optimizer's step alone."""
-    import torch
-
-    params = [torch.nn.Parameter(w.clone()) for w in layers.weights]
-    masks = []
-    for p, g, r in zip(params, layers.grads, layers.rows):
-        p.grad = g.clone()
-        masks.append(torch.zeros(len(g), 1, dtype=g.dtype, device=g.device))
-        masks[-1][r] = 1
-    grads = [p.grad for p in params]
-    optimizer = torch.optim.AdamW(params, lr=HYPER[0], weight_decay=HYPER[4], **{kind: True})
-
-    def masked() -> None:
-        torch._foreach_mul_(grads, masks)
-        optimizer.step()
-
-    return [Contender(f"dense_{kind}_masked", masked), Contender(f"dense_{kind}", optimizer.step)]
-
-
-def optional_gpu_peers(layers: Layers) -> list[Contender]:
-    """bitsandbytes' and apex's dense AdamW, their steps alone, where installed."""
-    import importlib.util
-
-    import torch
-
-    peers = []
-
-    def params() -> list[Any]:
-        result = [torch.nn.Parameter(w.clone()) for w in layers.weights]
-        for p, g in zip(result, layers.grads):
-            p.grad = g.clone()
-        return result
-
-    if importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes
-
-        peers.append(Contender("bitsandbytes_8bit", bitsandbytes.optim.AdamW8bit(params(), lr=HYPER[0]).step))
-    if importlib.util.find_spec("apex"):
-        from apex.optimizers import FusedAdam
-
-        peers.append(Contender("apex_fused", FusedAdam(params(), lr=HYPER[0]).step))
-    return peers
 
 
 # --- the ops ------------------------------------------------------------
@@ -651,7 +351,7 @@ class Bench:
                     self.weight_grad(dtype, torch_dtype, density)
             if not {"relevance", "sparse_adamw", "fusion"} & set(config.ops):
                 continue
-            layers = Layers(config, torch_dtype, self.device, self.layers_that_fit(torch_dtype.itemsize))
+            layers = Layers(config.model, torch_dtype, self.device, self.layers_that_fit(torch_dtype.itemsize))
             if "relevance" in config.ops:
                 self.relevance(dtype, layers)
             for density in config.densities:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from leaml_plugin.artifacts import write_text
-from leaml_plugin.benchmark.kernels import Contender, Timer, compare, machine, quantile
+from leaml_plugin.benchmark.kernels import machine
+from leaml_plugin.benchmark.timing import Contender, Timer, compare, quantile
 from leaml_plugin.errors import LeamlError, unknown_name
 
 # (hidden, feed-forward, layers, vision width, vision layers)

@@ -51,7 +51,7 @@ def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
     columns = ("sparse_adamw_columns", "fp32")
     assert rows.keys() == {columns, *((op, state) for op in config.ops for state in kernels.STATES)}
     assert {"gather_fused_scatter", "dense_fused_masked", "dense_fused"} <= rows["sparse_adamw", "fp32"].ratio.keys()
-    layers = kernels.Layers(config, torch.bfloat16, torch.device("cpu"), rows["fusion", "fp32"].layers)
+    layers = kernels.Layers("tiny", torch.bfloat16, torch.device("cpu"), rows["fusion", "fp32"].layers)
     layers.select(0.1)
     for state, each in {"fp32": 6 + 16, "8bit": 6 + 4 + 4 * 4 / 256, "master": 4 + 24}.items():
         assert rows["sparse_adamw", state].bytes == round(layers.selected * each)
@@ -62,9 +62,8 @@ def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
 
 @pytest.mark.parametrize("columns", [5, 64, 200, 2048])
 def test_moving_the_same_bytes_changes_none(native, columns):
-    config = kernels.Config(model="tiny", device="cpu")
     for dtype in (torch.float32, torch.bfloat16):
-        layers = kernels.Layers(config, dtype, torch.device("cpu"), 1)
+        layers = kernels.Layers("tiny", dtype, torch.device("cpu"), 1)
         if dtype == torch.float32:  # any row length that four bytes divide
             layers.weights = [w[:, :columns].contiguous() for w in layers.weights]
             layers.grads = [g[:, :columns].contiguous() for g in layers.grads]

@@ -1,0 +1,96 @@
+"""Timing contenders against each other: all of them in every repetition, in rotated order, and ratios within one.
+
+Covers: the clock of a CPU thread, of several threads and of a GPU; medians and percentiles of paired ratios.
+Does not cover: what is timed (``layers``, ``peers``, ``limits``) and what is asked of it (``kernels``, ``step``).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Contender:
+    """One way to do the work. ``before`` is not timed."""
+
+    name: str
+    run: Callable[[], Any]
+    before: Callable[[], Any] | None = None
+
+
+class Timer:
+    """Milliseconds of one call: CUDA events, the thread's CPU time, or the clock where there are several threads.
+
+    On a GPU the work queues up behind a short sleep of the device, as it does in training, where the host runs ahead:
+    else the time it takes to launch would count as the device's.
+    """
+
+    def __init__(self, device: Any, threads: int):
+        import torch
+
+        self.cuda = device.type == "cuda"
+        self.torch = torch
+        self.clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+
+    def __call__(self, contender: Contender) -> float:
+        if contender.before is not None:
+            contender.before()
+        if not self.cuda:
+            start = self.clock()
+            contender.run()
+            return (self.clock() - start) / 1e6
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.torch.cuda.synchronize()
+        self.torch.cuda._sleep(4_000_000)  # cycles: about two milliseconds
+        begin.record()
+        contender.run()
+        end.record()
+        self.torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+
+def compare(contenders: Sequence[Contender], timer: Timer, pairs: int) -> list[dict[str, float]]:
+    """``pairs`` repetitions of all contenders, each repetition in another order, after two to warm up."""
+    for contender in contenders:
+        for _ in range(2):
+            timer(contender)
+    result = []
+    for number in range(pairs):
+        shift = number % len(contenders)
+        order = [*contenders[shift:], *contenders[:shift]]
+        result.append({contender.name: timer(contender) for contender in order})
+    return result
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_bytes: int) -> dict[str, Any]:
+    """Medians of the paired ratios. ``limit`` moved ``measured_bytes``; the op needs ``limit_bytes``."""
+    ours = [t["ours"] for t in times]
+    result: dict[str, Any] = {"time_ms": statistics.median(ours), "ratio": {}, "spread": {}, "limit_share": None}
+    for name in times[0]:
+        if name in ("ours", "limit", "same_bytes"):
+            continue
+        ratios = [t[name] / t["ours"] for t in times]
+        result["ratio"][name] = round(statistics.median(ratios), 3)
+        result["spread"][name] = (round(quantile(ratios, 0.2), 3), round(quantile(ratios, 0.8), 3))
+    if "limit" in times[0] and limit_bytes:
+        shares = [t["limit"] * limit_bytes / measured_bytes / t["ours"] for t in times]
+        result["limit_share"] = round(statistics.median(shares), 3)
+        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
+        result["bandwidth_gb_s"] = round(measured_bytes / statistics.median(t["limit"] for t in times) / 1e6, 1)
+        result["bytes"] = limit_bytes
+    if "same_bytes" in times[0]:
+        result["stream_share"] = result["limit_share"]
+        result["spread"]["stream"] = result["spread"]["limit"]
+        shares = [t["same_bytes"] / t["ours"] for t in times]
+        result["limit_share"] = round(statistics.median(shares), 3)
+        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
+    return result
