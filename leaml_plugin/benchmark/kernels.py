@@ -10,7 +10,9 @@ Does not cover: whole training steps (``step``) and correctness (the tests); the
 
 The limit of an op is the time its necessary bytes take at the bandwidth measured in the same repetition: by reading as
 many where the op only reads; for a sparse step on a CPU by moving the very same rows and state without any arithmetic,
-since scattered rows cannot stream. ``stream_share`` is the share of what as many adjacent bytes would take.
+since scattered rows cannot stream. ``stream_share`` is the share of what as many adjacent bytes would take. The reading
+and the moving are done by whichever loop is the fastest on this machine: torch's, a plain one, or one that prefetches
+(``limits``); ``limit_by`` says which it was. A loop that any op could overtake would be no limit.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 from leaml_plugin.artifacts import read_json, write_text
 from leaml_plugin.benchmark import tables
 from leaml_plugin.benchmark.layers import MODELS, STATES, Layers, layer_shapes
-from leaml_plugin.benchmark.limits import Limit, same_bytes
+from leaml_plugin.benchmark.limits import Limit, fastest, same_bytes
 from leaml_plugin.benchmark.peers import (
     HYPER,
     eager_relevance,
@@ -107,6 +109,7 @@ class Row:
     state: str | None = None
     bytes: int | None = None
     bandwidth_gb_s: float | None = None
+    limit_by: dict[str, str] = field(default_factory=dict)  # the fastest way to do what bounds the op
     model: str = ""
     layers: int = 0
     parameters: int = 0
@@ -152,17 +155,25 @@ class Bench:
     def wanted(self, contenders: list[Contender]) -> list[Contender]:
         if not self.config.peers:
             return contenders
-        return [c for c in contenders if c.name in ("ours", "limit", "same_bytes") or c.name in self.config.peers]
+        return [c for c in contenders if c.name == "ours" or c.name in self.config.peers]
+
+    def limit(self, needed: int, read_only: bool) -> Limit:
+        return Limit(needed, self.device, read_only, self.config.threads)
 
     def measure(self, op: str, dtype: str, density: float | None, contenders: list[Contender], limit: Limit | None,
-                needed: int | None, layers: Layers | None, state: str | None = None) -> None:  # fmt: skip
-        chosen = self.wanted([*contenders, *([limit.contender] if limit else [])])
+                needed: int | None, layers: Layers | None, state: str | None = None,
+                same: list[Contender] | None = None) -> None:  # fmt: skip
+        chosen, by = self.wanted(contenders), {}
+        for name, candidates in (("limit", limit.candidates if limit else []), ("same_bytes", same or [])):
+            if candidates:
+                contender, by[name] = fastest(name, candidates, self.timer)
+                chosen.append(contender)
         times = compare(chosen, self.timer, self.config.pairs)
         values = summary(times, needed, limit.bytes if limit else 0)
         self.rows.append(
             Row(op=op, dtype=dtype, density=density, device=self.machine["device"], model=self.config.model,
                 layers=layers.layers if layers else 0, parameters=layers.parameters if layers else 0,
-                pairs=self.config.pairs, machine=self.machine, state=state, **values)
+                pairs=self.config.pairs, machine=self.machine, state=state, limit_by=by, **values)
         )  # fmt: skip
         print(line(self.rows[-1]), flush=True)
         self.write()
@@ -205,7 +216,7 @@ class Bench:
         if self.config.compile:
             fast = self.compiled(eager)
             contenders.append(Contender("compile", lambda: fast(*lists)))
-        self.measure(op, dtype, None, contenders, Limit(needed, self.device, True), needed, layers)
+        self.measure(op, dtype, None, contenders, self.limit(needed, True), needed, layers)
 
     def sparse_adamw(self, dtype: str, layers: Layers, density: float) -> None:
         import torch
@@ -219,15 +230,14 @@ class Bench:
             Contender("gather_fused_scatter", gather_fused_scatter(layers)),
             Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
         ]
-        if layers.device.type == "cpu":
-            contenders.append(same_bytes(layers))
+        same = same_bytes(layers) if layers.device.type == "cpu" else None
         # on a GPU, where compiling takes most of the time, at the densities that the bars are about
         if self.config.compile and (layers.device.type == "cpu" or density in (0.05, 0.10)):
             fast = self.compiled(eager_sparse_adamw)
             contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
         needed = layers.step_bytes("fp32")
         self.measure(
-            "sparse_adamw", dtype, density, contenders, Limit(needed, self.device, False), needed, layers, "fp32"
+            "sparse_adamw", dtype, density, contenders, self.limit(needed, False), needed, layers, "fp32", same
         )
         # the dense peers take so long that a few pairs tell: a measurement of their own, with ours beside it
         few = max(3, self.config.pairs // 3)
@@ -275,7 +285,7 @@ class Bench:
         ]
         needed = layers.step_bytes(state)
         self.measure(
-            "sparse_adamw", dtype, density, contenders, Limit(needed, self.device, False), needed, layers, state
+            "sparse_adamw", dtype, density, contenders, self.limit(needed, False), needed, layers, state
         )
         if "fusion" in self.config.ops:
             self.fusion(dtype, layers, density, state)
@@ -298,7 +308,7 @@ class Bench:
             Contender("our_two_parts", parts),
             Contender("relevance_alone", lambda: ops.neuron_relevance_(layers.weights, layers.grads, layers.out)),
         ]
-        self.measure("fusion", dtype, density, contenders, Limit(needed, self.device, True), needed, layers, state)
+        self.measure("fusion", dtype, density, contenders, self.limit(needed, True), needed, layers, state)
 
     def select(self, density: float) -> None:
         """One score for every neuron of the whole model."""

@@ -1,33 +1,75 @@
 """The physical limits that the kernels are held against: how fast this machine moves the bytes that an op must move.
 
-Covers: a stream through memory; the very same rows and states as a sparse step, without arithmetic.
+Covers: streams through memory, reading or rewriting; the very same rows and states as a sparse step moves, without the
+arithmetic.
 Does not cover: how many bytes an op needs (``kernels``, ``layers``).
+
+On a CPU with one thread there are several ways to do either, and which is the fastest depends on the machine: with and
+without software prefetching, at several distances, and torch's own op. All are timed before an op is measured, and the
+fastest is its limit: one chosen, so that each repetition pairs one measurement of it with one of ours. The loops of
+``_native`` have one thread; with more, the limit is torch's op alone, and so it is on a GPU.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from leaml_plugin.benchmark.layers import Layers
-from leaml_plugin.benchmark.timing import Contender
+from leaml_plugin.benchmark.timing import Contender, Timer, compare
+
+DISTANCES = (0, 1024, 2048, 4096)  # bytes of state that the prefetching of scattered rows looks ahead
+
+
+def fastest(name: str, candidates: Sequence[Contender], timer: Timer) -> tuple[Contender, str]:
+    """The candidate with the lowest median of three runs, as a contender ``name``; and what the candidate is called."""
+    best = candidates[0]
+    if len(candidates) > 1:
+        times = compare(candidates, timer, 3)
+        best = min(candidates, key=lambda c: statistics.median(t[c.name] for t in times))
+    return Contender(name, best.run), best.name
 
 
 class Limit:
-    """A buffer that is streamed through memory: the read-modify-write (or the read) that bounds an op."""
+    """A buffer that is streamed through memory: the read-modify-write (or the read) that bounds an op.
 
-    def __init__(self, count: int, device: Any, read_only: bool):
+    On a CPU the read is one of two halves side by side, as relevance reads weight and gradient.
+    """
+
+    def __init__(self, count: int, device: Any, read_only: bool, threads: int = 1):
         import torch
 
         # larger than the caches, whatever the op moves; the time is scaled to the op's bytes
         least = (2**30 if device.type == "cuda" else 48 * 2**20) // 4
-        self.elements = max(count // (4 if read_only else 8), least)
+        self.elements = max(count // (4 if read_only else 8), least) // 2 * 2
         self.buffer = torch.ones(self.elements, device=device)
         self.bytes = self.elements * (4 if read_only else 8)
-        self.contender = Contender("limit", self.buffer.sum if read_only else lambda: self.buffer.add_(1.0))
+        self.candidates = [Contender("torch", self.buffer.sum if read_only else lambda: self.buffer.add_(1.0))]
+        if device.type == "cpu" and read_only:
+            first, second = self.buffer.chunk(2)
+            self.candidates.append(Contender("torch_dot", lambda: torch.dot(first, second)))
+        if device.type == "cpu" and threads == 1:
+            self.candidates += [self.loop(read_only, prefetch) for prefetch in (False, True)]
+
+    def loop(self, read_only: bool, prefetch: bool) -> Contender:
+        """The compiled loop over the buffer."""
+        from leaml_plugin import _native
+
+        start, size = self.buffer.data_ptr(), self.elements * 4
+
+        def read() -> None:
+            _native.stream_read(start, start + size // 2, size // 2, prefetch)
+
+        def rewrite() -> None:
+            _native.stream_rewrite(start, size, prefetch)
+
+        return Contender("prefetch" if prefetch else "plain", read if read_only else rewrite)
 
 
-def same_bytes(layers: Layers) -> Contender:
-    """The traffic of a sparse step over the selected rows and nothing else: the limit that scattered rows set."""
+def same_bytes(layers: Layers) -> list[Contender]:
+    """The traffic of a sparse step over the selected rows and nothing else, by prefetching distance: the limit that
+    scattered rows set to one thread."""
     from leaml_plugin import _native
 
     traffic = _native.RowTraffic()
@@ -39,4 +81,4 @@ def same_bytes(layers: Layers) -> Contender:
                 weight.data_ptr() + row * size, grad.data_ptr() + row * size, exp_avg.data_ptr() + number * state,
                 exp_avg_sq.data_ptr() + number * state, size, state,
             )  # fmt: skip
-    return Contender("same_bytes", traffic.move)
+    return [Contender(f"prefetch_{d}", lambda d=d: traffic.move(d)) for d in DISTANCES]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from leaml_plugin import LeamlError
-from leaml_plugin.benchmark import kernels
+from leaml_plugin.benchmark import kernels, limits
 
 
 def test_rows_have_the_promised_keys(tmp_path, native):
@@ -70,8 +70,9 @@ def test_moving_the_same_bytes_changes_none(native, columns):
         layers.select(0.3)
         held = [*layers.weights, *layers.grads, *layers.exp_avg, *layers.exp_avg_sq]
         before = [t.clone() for t in held]
-        kernels.same_bytes(layers).run()
-        assert all(torch.equal(a, b) for a, b in zip(before, held))
+        for way in limits.same_bytes(layers):
+            way.run()
+            assert all(torch.equal(a, b) for a, b in zip(before, held)), way.name
 
 
 def test_row_traffic_refuses_odd_sizes(native):
@@ -79,6 +80,45 @@ def test_row_traffic_refuses_odd_sizes(native):
 
     with pytest.raises(ValueError, match="got 6 and 8 bytes"):
         _native.RowTraffic().add(8, 8, 8, 8, 6, 8)
+    with pytest.raises(ValueError, match="whole steps of 256 bytes, got 100"):
+        _native.RowTraffic().move(100)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("words", [0, 1, 63, 64, 65, 1000])
+def test_a_stream_reads_every_word_and_changes_none(native, words, prefetch):
+    from leaml_plugin import _native
+
+    a, b = torch.randint(-(2**31), 2**31, (2, words + 1), dtype=torch.int32)  # the word after the end is not to count
+    before = a.clone()
+    wanted = (a[:words] ^ b[:words]).sum(dtype=torch.int64).item() % 2**32
+    assert _native.stream_read(a.data_ptr(), b.data_ptr(), 4 * words, prefetch) == wanted
+    _native.stream_rewrite(a.data_ptr(), 4 * words, prefetch)
+    assert torch.equal(a, before)
+
+
+def test_a_stream_refuses_odd_sizes(native):
+    from leaml_plugin import _native
+
+    with pytest.raises(ValueError, match=r"stream_read: wanted .* got 6 bytes"):
+        _native.stream_read(8, 8, 6, False)
+    with pytest.raises(ValueError, match=r"stream_rewrite: wanted .* got -4 bytes"):
+        _native.stream_rewrite(8, -4, True)
+
+
+def test_the_fastest_way_is_the_limit_by_the_median():
+    times = {"torch": iter([9, 9, 5, 5, 5]), "plain": iter([9, 9, 1, 7, 7]), "prefetch": iter([9, 9, 4, 4, 90])}
+    ways = [limits.Contender(name, lambda name=name: name) for name in times]
+    chosen, by = limits.fastest("limit", ways, lambda contender: next(times[contender.name]))
+    assert by == "prefetch" and chosen.name == "limit" and chosen.run() == "prefetch"
+
+
+def test_several_threads_are_not_held_against_loops_of_one(native):
+    cpu = torch.device("cpu")
+    for read_only, torch_ways in ((True, ["torch", "torch_dot"]), (False, ["torch"])):
+        one = [way.name for way in limits.Limit(8, cpu, read_only, threads=1).candidates]
+        assert one == [*torch_ways, "plain", "prefetch"]
+        assert [way.name for way in limits.Limit(8, cpu, read_only, threads=2).candidates] == torch_ways
 
 
 def test_bad_options_are_named():
