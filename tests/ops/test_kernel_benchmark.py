@@ -41,6 +41,25 @@ def test_the_limit_of_scattered_rows_stands_apart_from_that_of_a_stream():
     assert values["ratio"] == {}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_rows_are_the_limit_of_one_thread_only(native, monkeypatch, threads):
+    monkeypatch.setattr(kernels.Bench, "tuned_allocator", lambda self: None)
+    config = kernels.Config(
+        ops=("sparse_adamw",), dtypes=("float32",), densities=(0.1,), model="tiny", device="cpu", pairs=3,
+        threads=threads, compile=False, peers=("eager",),
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        row = next(row for row in kernels.run(config) if row.op == "sparse_adamw")
+    finally:
+        torch.set_num_threads(before)
+    assert row.limit_share > 0
+    if threads == 1:
+        assert row.limit_by.keys() == {"limit", "same_bytes"} and row.stream_share > 0
+    else:
+        assert row.limit_by == {"limit": "torch"} and row.stream_share is None
+
+
 def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
     monkeypatch.setattr(kernels.Bench, "tuned_allocator", lambda self: None)
     config = kernels.Config(
