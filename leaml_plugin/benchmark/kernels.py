@@ -36,14 +36,17 @@ from typing import Any
 from leaml_plugin.artifacts import read_json, write_text
 from leaml_plugin.benchmark import tables
 from leaml_plugin.benchmark.layers import MODELS, STATES, Layers, layer_shapes
-from leaml_plugin.benchmark.limits import Limit, fastest, same_bytes
+from leaml_plugin.benchmark.limits import Limit, column_bytes, fastest, same_bytes, same_product
 from leaml_plugin.benchmark.peers import (
     HYPER,
+    eager_fusion,
     eager_relevance,
     eager_relevance_all,
     eager_relevance_and_norm,
     eager_relevance_of_columns,
+    eager_select,
     eager_sparse_adamw,
+    eager_weight_grad,
     gather_fused_scatter,
     masked_dense,
     optional_gpu_peers,
@@ -54,7 +57,9 @@ from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.report.markdown import require_marks, write_between
 
 OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
+LARGEST = "qwen2.5-vl-7b"  # selection is so quick that it is measured at this model's size too
 DTYPES = ("float32", "bfloat16", "float16")
+ASKED = (0.05, 0.10)  # the densities that the project's bars are about
 GPU_LAYERS = 4  # of a 7B model: a billion weights, far more than the caches hold
 
 
@@ -163,16 +168,18 @@ class Bench:
 
     def measure(self, op: str, dtype: str, density: float | None, contenders: list[Contender], limit: Limit | None,
                 needed: int | None, layers: Layers | None, state: str | None = None,
-                same: list[Contender] | None = None) -> None:  # fmt: skip
+                same: dict[str, list[Contender]] | None = None, model: str = "") -> None:  # fmt: skip
+        """A row: ``contenders`` and, where given, the stream ``limit`` scaled to ``needed`` bytes, and the ways of
+        ``same`` to do the work without its own part."""
         chosen, by = self.wanted(contenders), {}
-        for name, candidates in (("limit", limit.candidates if limit else []), ("same_bytes", same or [])):
-            if candidates:
-                contender, by[name] = fastest(name, candidates, self.timer)
-                chosen.append(contender)
+        for name, candidates in {**({"limit": limit.candidates} if limit else {}), **(same or {})}.items():
+            contender, by[name] = fastest(name, candidates, self.timer)
+            chosen.append(contender)
         times = compare(chosen, self.timer, self.config.pairs)
         values = summary(times, needed, limit.bytes if limit else 0)
         self.rows.append(
-            Row(op=op, dtype=dtype, density=density, device=self.machine["device"], model=self.config.model,
+            Row(op=op, dtype=dtype, density=density, device=self.machine["device"],
+                model=model or self.config.model,
                 layers=layers.layers if layers else 0, parameters=layers.parameters if layers else 0,
                 pairs=self.config.pairs, machine=self.machine, state=state, limit_by=by, **values)
         )  # fmt: skip
@@ -184,6 +191,28 @@ class Bench:
         if self.config.json is not None:
             self.config.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.config.json, json.dumps(as_json(self.rows), indent=1) + "\n")
+
+    def apart(self, ours: Contender, peers: Callable[[], list[Contender]], *names: str) -> None:
+        """Into the last row: peers that take so long that a few pairs tell, beside ours and nothing else. They hold
+        copies of weights, gradients and moments, so they are made only where wanted and dropped at once."""
+        if self.config.peers and not set(names) & set(self.config.peers):
+            return
+        few = max(3, self.config.pairs // 3)
+        merge(self.rows[-1], summary(compare(self.wanted([ours, *peers()]), self.timer, few), None, 0))
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def compiles(self, density: float, sparing: bool = False) -> bool:
+        """Whether torch.compile is a peer: for each density it compiles anew, half a minute for four layers. On a GPU,
+        where that is most of the time, at the densities that the bars are about; where no bar is about the op
+        (``sparing``), at these on a CPU and at one on a GPU."""
+        if not self.config.compile:
+            return False
+        if self.device.type == "cpu":
+            return not sparing or density in ASKED
+        return density == ASKED[-1] if sparing else density in ASKED
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         import torch
@@ -233,25 +262,18 @@ class Bench:
         ]
         # that loop has one thread: several threads move the same rows faster than it can
         alone = layers.device.type == "cpu" and self.config.threads == 1
-        same = same_bytes(layers) if alone else None
-        # on a GPU, where compiling takes most of the time, at the densities that the bars are about
-        if self.config.compile and (layers.device.type == "cpu" or density in (0.05, 0.10)):
+        same = {"same_bytes": same_bytes(layers)} if alone else None
+        if self.compiles(density):
             fast = self.compiled(eager_sparse_adamw)
             contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
         needed = layers.step_bytes("fp32")
         self.measure(
             "sparse_adamw", dtype, density, contenders, self.limit(needed, False), needed, layers, "fp32", same
         )
-        # the dense peers take so long that a few pairs tell: a measurement of their own, with ours beside it
-        few = max(3, self.config.pairs // 3)
         for kind in ("fused", "foreach"):
-            chosen = self.wanted([ours, *masked_dense(layers, kind)])
-            if len(chosen) > 1:
-                merge(self.rows[-1], summary(compare(chosen, self.timer, few), None, 0))
-            del chosen  # a copy of the weights, their gradients and moments
-            if layers.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.apart(ours, lambda kind=kind: masked_dense(layers, kind), f"dense_{kind}_masked", f"dense_{kind}")
         if layers.device.type == "cuda":
+            few = max(3, self.config.pairs // 3)
             for peer in optional_gpu_peers(layers):
                 merge(self.rows[-1], summary(compare([ours, peer], self.timer, few), None, 0))
         print(line(self.rows[-1]), flush=True)
@@ -260,18 +282,28 @@ class Bench:
             self.other_state(dtype, layers, density, state)
 
     def columns(self, dtype: str, layers: Layers, density: float) -> None:
-        """The step of input columns. No limit: how many bytes move depends on which columns share a cache line."""
+        """The step of input columns; its limit counts the cache lines that these columns lie in."""
         import torch
 
         from leaml_plugin import ops
 
         step = torch.ones((), device=layers.device)
+        ours = Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options))
         contenders = [
-            Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options)),
+            ours,
             Contender("gather_fused_scatter", gather_fused_scatter(layers)),
             Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
         ]
-        self.measure("sparse_adamw_columns", dtype, density, contenders, None, None, layers, "fp32")
+        if self.compiles(density, sparing=True):
+            fast = self.compiled(eager_sparse_adamw)
+            contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
+        needed = column_bytes(layers)
+        self.measure(
+            "sparse_adamw_columns", dtype, density, contenders, self.limit(needed, False), needed, layers, "fp32"
+        )
+        if density in ASKED:
+            self.apart(ours, lambda: masked_dense(layers, "fused"), "dense_fused_masked", "dense_fused")
+            print(line(self.rows[-1]), flush=True)
 
     def other_state(self, dtype: str, layers: Layers, density: float, state: str) -> None:
         """The step and the fusion with 8-bit states or masters, against those with plain fp32 states."""
@@ -287,9 +319,7 @@ class Bench:
             Contender("ours_fp32_state", lambda: ops.sparse_adamw_(*lists, **options)),
         ]
         needed = layers.step_bytes(state)
-        self.measure(
-            "sparse_adamw", dtype, density, contenders, self.limit(needed, False), needed, layers, state
-        )
+        self.measure("sparse_adamw", dtype, density, contenders, self.limit(needed, False), needed, layers, state)
         if "fusion" in self.config.ops:
             self.fusion(dtype, layers, density, state)
         layers.keep("fp32")
@@ -306,32 +336,65 @@ class Bench:
             ops.neuron_relevance_(layers.weights, layers.grads, layers.out)
             ops.sparse_adamw_(*layers.step_lists, **layers.options)
 
+        ours = Contender("ours", lambda: ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, **layers.options))
         contenders = [
-            Contender("ours", lambda: ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, **layers.options)),
+            ours,
             Contender("our_two_parts", parts),
             Contender("relevance_alone", lambda: ops.neuron_relevance_(layers.weights, layers.grads, layers.out)),
         ]
+        if state == "fp32":  # PyTorch knows no other state of selected rows
+            contenders += self.fusion_peers(layers, density)
         self.measure("fusion", dtype, density, contenders, self.limit(needed, True), needed, layers, state)
+        if state == "fp32":
+            name = "relevance_dense_fused_masked"
+            self.apart(ours, lambda: masked_dense(layers, "fused", relevance=True), name)
+            print(line(self.rows[-1]), flush=True)
 
-    def select(self, density: float) -> None:
-        """One score for every neuron of the whole model."""
+    def fusion_peers(self, layers: Layers, density: float) -> list[Contender]:
+        """Relevance and the step as one does both in PyTorch."""
+        import torch
+
+        step = torch.ones((), device=layers.device)
+        lists = (*layers.step_lists[:5], layers.out, step, *HYPER)
+        gathered = gather_fused_scatter(layers)
+
+        def relevance_then_gathered() -> None:
+            eager_relevance(layers.weights, layers.grads, layers.out)
+            gathered()
+
+        peers = [
+            Contender("eager", lambda: eager_fusion(*lists)),
+            Contender("relevance_gather_fused_scatter", relevance_then_gathered),
+        ]
+        if self.compiles(density):
+            fast = self.compiled(eager_fusion)
+            peers.append(Contender("compile", lambda: fast(*lists)))
+        return peers
+
+    def select(self, model: str, density: float) -> None:
+        """One score for every neuron of a model. The limit is reading them once, though they may lie in a cache."""
         import torch
 
         from leaml_plugin import ops
 
-        count = MODELS[self.config.model][3]
-        scores = [torch.rand(shape[0], device=self.device) for shape in layer_shapes(self.config.model) * count]
+        count = MODELS[model][3]
+        scores = [torch.rand(shape[0], device=self.device) for shape in layer_shapes(model) * count]
         flat = torch.cat(scores)
         k = ops.selected_count(density, flat.numel())
         contenders = [
             Contender("ours", lambda: ops.select_top(scores, density, scope="model")),
-            Contender("topk", lambda: torch.topk(torch.cat(scores), k).indices.sort()),
+            Contender("topk", lambda: eager_select(scores, k)),
             Contender("sort", lambda: torch.sort(torch.cat(scores), descending=True, stable=True).indices[:k].sort()),
         ]
-        self.measure("select", "float32", density, contenders, None, None, None)
+        if self.compiles(density, sparing=True):
+            fast = self.compiled(eager_select)
+            contenders.append(Contender("compile", lambda: fast(scores, k)))
+        needed = 4 * flat.numel()
+        self.measure("select", "float32", density, contenders, self.limit(needed, True), needed, None, model=model)
 
     def weight_grad(self, dtype: str, torch_dtype: Any, density: float) -> None:
-        """Tokens of a short batch through the feed-forward projection."""
+        """Tokens of a short batch through the feed-forward projection. Not bytes but the product bounds this op: its
+        limit is the same product with nothing to gather."""
         import torch
 
         from leaml_plugin import ops
@@ -347,7 +410,11 @@ class Bench:
             Contender("whole_gradient", lambda: grad.t() @ x),
             Contender("whole_then_select", lambda: (grad.t() @ x).index_select(0, rows)),
         ]
-        self.measure("weight_grad", dtype, density, contenders, None, None, None)
+        if self.config.compile:
+            fast = self.compiled(eager_weight_grad)
+            contenders.append(Contender("compile", lambda: fast(x, grad, rows)))
+        same = {"same_product": same_product(x, grad, rows)}
+        self.measure("weight_grad", dtype, density, contenders, None, None, None, same=same)
 
     def run(self) -> list[Row]:
         import torch
@@ -355,8 +422,9 @@ class Bench:
         config = self.config
         print(header(self.machine), flush=True)
         if "select" in config.ops:
-            for density in config.densities:
-                self.select(density)
+            for model in dict.fromkeys((config.model, LARGEST)):
+                for density in config.densities:
+                    self.select(model, density)
         for dtype in config.dtypes:
             torch_dtype = getattr(torch, dtype)
             if "weight_grad" in config.ops:
@@ -446,13 +514,14 @@ def header(info: dict[str, Any]) -> str:
 
 def line(row: Row) -> str:
     density = "" if row.density is None else f"{row.density:.0%}"
+    name = f"{row.op} {row.model}" if row.op == "select" else row.op
     state = "" if row.state in (None, "fp32") else f" {row.state}"
     share = "" if row.limit_share is None else f"limit {row.limit_share:.2f}"
     share += "" if row.stream_share is None else f" (stream {row.stream_share:.2f})"
     peers = "  ".join(
         f"{name} {value:.2f} [{row.spread[name][0]:.2f}-{row.spread[name][1]:.2f}]" for name, value in row.ratio.items()
     )
-    return f"{row.op + state:20} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:25} {peers}"
+    return f"{name + state:20} {row.dtype:9} {density:>4} {row.time_ms:9.2f} ms  {share:25} {peers}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

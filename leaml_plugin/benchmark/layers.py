@@ -27,7 +27,9 @@ def layer_shapes(model: str) -> list[tuple[int, int]]:
 
 
 class Layers:
-    """Weights, gradients, rows and state of some layers in one dtype."""
+    """Weights, gradients, rows and state of some layers in one dtype; ``dim`` is 1 where columns are trained."""
+
+    dim = 0
 
     def __init__(self, model: str, dtype: Any, device: Any, layers: int):
         import torch
@@ -67,6 +69,7 @@ class Layers:
     def turned(self, density: float) -> Layers:
         """The same weights and gradients by their columns, a random selection of which is trained."""
         result = copy.copy(self)
+        result.dim = 1
         result.weights, result.grads = [w.t() for w in self.weights], [g.t() for g in self.grads]
         result.select(density)
         return result

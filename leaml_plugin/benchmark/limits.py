@@ -1,8 +1,9 @@
 """The physical limits that the kernels are held against: how fast this machine moves the bytes that an op must move.
 
 Covers: streams through memory, reading or rewriting; the very same rows and states as a sparse step moves, without the
-arithmetic.
-Does not cover: how many bytes an op needs (``kernels``, ``layers``).
+arithmetic; the bytes that columns take, which are those of whole cache lines; the product that bounds the weight
+gradient.
+Does not cover: how many bytes the other ops need (``kernels``, ``layers``).
 
 On a CPU with one thread there are several ways to do either, and which is the fastest depends on the machine: with and
 without software prefetching, at several distances, and torch's own op. All are timed before an op is measured, and the
@@ -82,3 +83,34 @@ def same_bytes(layers: Layers) -> list[Contender]:
                 exp_avg_sq.data_ptr() + number * state, size, state,
             )  # fmt: skip
     return [Contender(f"prefetch_{d}", lambda d=d: traffic.move(d)) for d in DISTANCES]
+
+
+def touched_lines(matrix: Any, columns: Any, line: int) -> int:
+    """How many pieces of ``line`` bytes hold the given columns, counted in each row of a ``[rows, columns]`` matrix."""
+    import torch
+
+    size = matrix.element_size()
+    starts = matrix.data_ptr() % line + torch.arange(matrix.shape[0]) * matrix.stride(0) * size
+    # rows that begin at the same place within a line touch as many
+    places, rows = (starts % line).unique(return_counts=True)
+    offsets = columns.cpu() * size
+    return sum(
+        ((place + offsets) // line).unique().numel() * count for place, count in zip(places.tolist(), rows.tolist())
+    )
+
+
+def column_bytes(layers: Layers) -> int:
+    """What a step over columns must move: of each row of memory every line that holds a selected weight, both ways, and
+    as much of the gradient, which is only read; the fp32 moments, which are compact, both ways."""
+    line = 32 if layers.device.type == "cuda" else 64  # a GPU moves sectors of its lines
+    total = 16 * layers.selected
+    for weight, grad, columns in zip(layers.weights, layers.grads, layers.rows):
+        total += line * (2 * touched_lines(weight.t(), columns, line) + touched_lines(grad.t(), columns, line))
+    return total
+
+
+def same_product(x: Any, grad: Any, rows: Any) -> list[Contender]:
+    """The product of a selective weight gradient with its operands laid out beforehand, in either order."""
+    gathered = grad.index_select(1, rows).contiguous()
+    turned = gathered.t().contiguous()
+    return [Contender("contiguous", lambda: turned @ x), Contender("transposed", lambda: gathered.t() @ x)]

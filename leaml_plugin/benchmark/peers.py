@@ -56,6 +56,24 @@ def eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, lr, beta
         w[r] = own.to(w.dtype)
 
 
+def eager_fusion(weights, rows, grads, exp_avg, exp_avg_sq, out, step, *hyper) -> None:
+    """The relevance of all rows, then the step of the selected; compiled, it is one graph."""
+    eager_relevance(weights, grads, out)
+    eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, *hyper)
+
+
+def eager_weight_grad(x, grad, rows) -> Any:
+    """The weight gradient of the selected rows: gathered, then multiplied."""
+    return grad.index_select(1, rows).t() @ x
+
+
+def eager_select(scores, k) -> Any:
+    """The ``k`` highest of all scores, ascending by index."""
+    import torch
+
+    return torch.topk(torch.cat(scores), k).indices.sort()
+
+
 def gather_fused_scatter(layers: Layers) -> Callable[[], None]:
     import torch
 
@@ -75,17 +93,20 @@ def gather_fused_scatter(layers: Layers) -> Callable[[], None]:
     return run
 
 
-def masked_dense(layers: Layers, kind: str) -> list[Contender]:
+def masked_dense(layers: Layers, kind: str, relevance: bool = False) -> list[Contender]:
     """torch.optim.AdamW over whole weights: with their gradients masked, which every step has to do, as each backward
-    pass makes new ones; and the optimizer's step alone."""
+    pass makes new ones; and the optimizer's step alone. With ``relevance``, only the first, after eager relevance."""
     import torch
 
-    params = [torch.nn.Parameter(w.clone()) for w in layers.weights]
-    masks = []
-    for p, g, r in zip(params, layers.grads, layers.rows):
-        p.grad = g.clone()
-        masks.append(torch.zeros(len(g), 1, dtype=g.dtype, device=g.device))
-        masks[-1][r] = 1
+    params, masks = [], []
+    for w, g, r in zip(layers.weights, layers.grads, layers.rows):
+        mask = torch.zeros(len(g), 1, dtype=g.dtype, device=g.device)
+        mask[r] = 1
+        if layers.dim == 1:  # an optimizer has the weights as they lie in memory
+            w, g, mask = w.t(), g.t(), mask.t()
+        params.append(torch.nn.Parameter(w.clone()))
+        params[-1].grad = g.clone()
+        masks.append(mask)
     grads = [p.grad for p in params]
     optimizer = torch.optim.AdamW(params, lr=HYPER[0], weight_decay=HYPER[4], **{kind: True})
 
@@ -93,6 +114,14 @@ def masked_dense(layers: Layers, kind: str) -> list[Contender]:
         torch._foreach_mul_(grads, masks)
         optimizer.step()
 
+    if relevance:
+        weights, out = [p.detach() for p in params], [torch.zeros_like(o) for o in layers.out]
+
+        def run() -> None:
+            eager_relevance(weights, grads, out)
+            masked()
+
+        return [Contender(f"relevance_dense_{kind}_masked", run)]
     return [Contender(f"dense_{kind}_masked", masked), Contender(f"dense_{kind}", optimizer.step)]
 
 

@@ -20,6 +20,8 @@ PEERS = {
     "eager_with_norm": "eager with the norm",
     "eager_with_norm_tuned_malloc": "eager with the norm, tuned allocator",
     "compile": "torch.compile",
+    "relevance_gather_fused_scatter": "eager relevance, gather + fused + scatter",
+    "relevance_dense_fused_masked": "eager relevance, masking + dense fused",
     "gather_fused_scatter": "gather + fused + scatter",
     "gather_fused_scatter_tuned_malloc": "the same, tuned allocator",
     "dense_fused_masked": "masking + dense fused",
@@ -100,6 +102,9 @@ def page(rows: Sequence[Row]) -> str:
             f"{machine['clock']}, {some['pairs']} paired runs. Columns with a peer's name: the peer's time / ours, "
             "median [20th to 80th percentile].\n"
         )
+    product = {"share of the same product without gathering": common["share of the limit"]}
+    lines = {"share of its cache lines' stream": common["share of the limit"]}
+    without_share = {name: common[name] for name in ("dtype", "density", "ms")}
     without_density = {name: value for name, value in common.items() if name != "density"}
     # one op a heading; its rows, and the columns before the peers'
     found: list[tuple[str, list[Row], Mapping[str, Any]]] = [
@@ -107,7 +112,7 @@ def page(rows: Sequence[Row]) -> str:
         ("Relevance by all four criteria", of("relevance_all"), without_density),
         ("Relevance of columns", of("relevance_columns"), without_density),
         ("Sparse AdamW", of("sparse_adamw", "fp32"), {**common, **stream}),
-        ("Sparse AdamW of columns", of("sparse_adamw_columns"), {k: common[k] for k in ("dtype", "density", "ms")}),
+        ("Sparse AdamW of columns", of("sparse_adamw_columns"), {**without_share, **lines}),
         ("Fusion: relevance of all neurons and the masked step", of("fusion", "fp32"), {**common, **over}),
         (
             "Other states: the step",
@@ -115,8 +120,17 @@ def page(rows: Sequence[Row]) -> str:
             {**state, **common, "fp32 states / this": lambda row: ratio(row, "ours_fp32_state")},
         ),
         ("Other states: the fusion", of("fusion", "8bit", "master"), {**state, **common, **over}),
-        ("Selective weight gradient", of("weight_grad"), {k: common[k] for k in ("dtype", "density", "ms")}),
-        ("Selection over a whole model's neurons", of("select"), {k: common[k] for k in ("density", "ms")}),
+        ("Selective weight gradient", of("weight_grad"), {**without_share, **product}),
+        (
+            "Selection over a whole model's neurons",
+            of("select"),
+            {
+                "model": lambda row: row["model"],
+                "density": density,
+                "ms": common["ms"],
+                "share of reading the scores": common["share of the limit"],
+            },
+        ),
     ]
     for heading, some_rows, columns in found:
         if some_rows:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# limits that need no scaling: the rows of a step moved, a product with nothing to gather
+SAME = ("same_bytes", "same_product")
+
 
 @dataclass
 class Contender:
@@ -72,11 +75,12 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_bytes: int) -> dict[str, Any]:
-    """Medians of the paired ratios. ``limit`` moved ``measured_bytes``; the op needs ``limit_bytes``."""
+    """Medians of the paired ratios. ``limit`` moved ``measured_bytes``; the op needs ``limit_bytes``. Where there is
+    one of ``SAME``, that is the limit, and the stream stands beside it."""
     ours = [t["ours"] for t in times]
     result: dict[str, Any] = {"time_ms": statistics.median(ours), "ratio": {}, "spread": {}, "limit_share": None}
     for name in times[0]:
-        if name in ("ours", "limit", "same_bytes"):
+        if name in ("ours", "limit", *SAME):
             continue
         ratios = [t[name] / t["ours"] for t in times]
         result["ratio"][name] = round(statistics.median(ratios), 3)
@@ -87,10 +91,11 @@ def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_byt
         result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
         result["bandwidth_gb_s"] = round(measured_bytes / statistics.median(t["limit"] for t in times) / 1e6, 1)
         result["bytes"] = limit_bytes
-    if "same_bytes" in times[0]:
-        result["stream_share"] = result["limit_share"]
-        result["spread"]["stream"] = result["spread"]["limit"]
-        shares = [t["same_bytes"] / t["ours"] for t in times]
+    for name in (name for name in SAME if name in times[0]):
+        if result["limit_share"] is not None:
+            result["stream_share"] = result["limit_share"]
+            result["spread"]["stream"] = result["spread"]["limit"]
+        shares = [t[name] / t["ours"] for t in times]
         result["limit_share"] = round(statistics.median(shares), 3)
         result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
     return result

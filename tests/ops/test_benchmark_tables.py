@@ -33,6 +33,14 @@ def test_a_table_has_the_peers_that_were_measured():
     assert "| fp32 | 10 % | 2.00 | 0.90 | 0.70 | 7.00 [6.90-7.10] |  |" in page
 
 
+def test_a_share_says_of_what_it_is():
+    page = tables.page([row("weight_grad", compile=1.1), row("sparse_adamw_columns"), row("select", topk=1.5)])
+    assert "| dtype | density | ms | share of the same product without gathering | torch.compile |" in page
+    assert "| dtype | density | ms | share of its cache lines' stream |" in page
+    assert "| model | density | ms | share of reading the scores | topk |" in page
+    assert "| tiny | 5 % | 2.00 | 0.90 | 1.50 [1.40-1.60] |" in page
+
+
 def test_bars_are_met_or_missed_by_their_number():
     steps = [
         row("sparse_adamw", gather_fused_scatter=3.0, dense_fused_masked=20.0, compile=1.79),

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from leaml_plugin import LeamlError
-from leaml_plugin.benchmark import kernels, limits
+from leaml_plugin import LeamlError, ops
+from leaml_plugin.benchmark import kernels, limits, peers
 
 
 def test_rows_have_the_promised_keys(tmp_path, native):
@@ -23,8 +23,7 @@ def test_rows_have_the_promised_keys(tmp_path, native):
     assert [row["op"] for row in rows] == [*relevance, "sparse_adamw", "sparse_adamw_columns"]
     for row in rows:
         assert {"op", "dtype", "density", "device", "time_ms", "limit_share", "ratio"} <= set(row)
-        assert row["time_ms"] > 0 and row["ratio"]["eager"] > 0
-        assert row["op"] == "sparse_adamw_columns" or row["limit_share"] > 0
+        assert row["time_ms"] > 0 and row["ratio"]["eager"] > 0 and row["limit_share"] > 0
 
 
 def test_a_share_scales_the_limit_to_the_bytes_needed():
@@ -39,6 +38,12 @@ def test_the_limit_of_scattered_rows_stands_apart_from_that_of_a_stream():
     values = kernels.summary(times, limit_bytes=50, measured_bytes=200)
     assert values["limit_share"] == 0.75 and values["stream_share"] == 0.5
     assert values["ratio"] == {}
+
+
+def test_a_product_is_held_against_one_with_nothing_to_gather():
+    values = kernels.summary([{"ours": 2.0, "same_product": 1.0, "peer": 3.0}] * 3, None, 0)
+    assert values["limit_share"] == 0.5 and "stream_share" not in values
+    assert values["ratio"] == {"peer": 1.5}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -69,7 +74,10 @@ def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
     rows = {(row.op, row.state): row for row in kernels.run(config)}
     columns = ("sparse_adamw_columns", "fp32")
     assert rows.keys() == {columns, *((op, state) for op in config.ops for state in kernels.STATES)}
-    assert {"gather_fused_scatter", "dense_fused_masked", "dense_fused"} <= rows["sparse_adamw", "fp32"].ratio.keys()
+    dense = {"gather_fused_scatter", "eager", "dense_fused_masked", "dense_fused"}
+    assert dense <= rows["sparse_adamw", "fp32"].ratio.keys() and dense <= rows[columns].ratio.keys()
+    whole = {"eager", "relevance_gather_fused_scatter", "relevance_dense_fused_masked", "our_two_parts"}
+    assert whole <= rows["fusion", "fp32"].ratio.keys()
     layers = kernels.Layers("tiny", torch.bfloat16, torch.device("cpu"), rows["fusion", "fp32"].layers)
     layers.select(0.1)
     for state, each in {"fp32": 6 + 16, "8bit": 6 + 4 + 4 * 4 / 256, "master": 4 + 24}.items():
@@ -77,6 +85,97 @@ def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
     # in the fusion the weight (but where a master stands for it) and the gradient are read for the relevance anyway
     assert rows["fusion", "fp32"].bytes == 4 * layers.parameters + layers.selected * (2 + 16)
     assert rows["fusion", "master"].bytes == 4 * layers.parameters + layers.selected * (2 + 24)
+
+
+def test_selection_and_the_weight_gradient_have_their_peers_and_limits(native, monkeypatch):
+    monkeypatch.setattr(kernels.Bench, "compiled", lambda self, function: function)
+    config = kernels.Config(
+        ops=("select", "weight_grad"), dtypes=("float32",), densities=(0.1, 0.2), model="tiny", device="cpu", pairs=3
+    )  # fmt: skip
+    rows = {(row.op, row.model, row.density): row for row in kernels.run(config)}
+    models = [("select", "tiny"), ("select", "qwen2.5-vl-7b"), ("weight_grad", "tiny")]
+    assert rows.keys() == {(*key, density) for key in models for density in config.densities}
+    neurons = 28 * (3 * 3584 + 2 * 512 + 2 * 18944)  # q, o, down; k, v; gate, up
+    for density in config.densities:
+        large, product = rows["select", "qwen2.5-vl-7b", density], rows["weight_grad", "tiny", density]
+        assert large.bytes == 4 * neurons and large.limit_share > 0
+        # compiled anew for each density: at those that the bars are about
+        assert large.ratio.keys() == {"topk", "sort", *(["compile"] if density == 0.1 else [])}
+        assert product.ratio.keys() == {"whole_gradient", "whole_then_select", "compile"}
+        assert product.limit_share > 0 and product.limit_by.keys() == {"same_product"}
+
+
+def test_what_is_compiled_anew_for_each_density_is_so_where_it_tells_most(native):
+    bench = kernels.Bench(kernels.Config(model="tiny", device="cpu"))
+    densities = (0.01, 0.05, 0.1, 0.2)
+    assert [d for d in densities if bench.compiles(d)] == list(densities)
+    assert [d for d in densities if bench.compiles(d, sparing=True)] == [0.05, 0.1]
+    bench.device = torch.device("cuda")
+    assert [d for d in densities if bench.compiles(d)] == [0.05, 0.1]
+    assert [d for d in densities if bench.compiles(d, sparing=True)] == [0.1]
+
+
+def test_the_product_of_the_limit_is_that_of_the_op(native):
+    x, grad, rows = torch.randn(9, 6), torch.randn(9, 20), torch.tensor([0, 3, 4, 19])
+    wanted = ops.selected_weight_grad(x, grad, rows)
+    for way in limits.same_product(x, grad, rows):
+        torch.testing.assert_close(way.run(), wanted)
+    torch.testing.assert_close(peers.eager_weight_grad(x, grad, rows), wanted)
+
+
+def test_peers_of_the_fusion_do_the_same_work(native):
+    ours, eager, gathered = (kernels.Layers("tiny", torch.float32, torch.device("cpu"), 1) for _ in range(3))
+    for layers in (ours, eager, gathered):
+        layers.select(0.3)
+    ops.relevance_sparse_adamw_(*ours.step_lists, ours.out, lr=peers.LR)
+    peers.eager_fusion(*eager.step_lists[:5], eager.out, torch.ones(()), *peers.HYPER)
+    peers.gather_fused_scatter(gathered)()
+    for i, weight in enumerate(ours.weights):
+        torch.testing.assert_close(eager.weights[i], weight)
+        torch.testing.assert_close(gathered.weights[i], weight)
+        torch.testing.assert_close(eager.out[i], ours.out[i])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_masking_leaves_the_gradients_of_the_selected_only(native, monkeypatch, dim):
+    taken = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(self.param_groups[0]["params"]))
+    layers = kernels.Layers("tiny", torch.float32, torch.device("cpu"), 1)
+    layers.select(0.3)
+    layers = layers.turned(0.3) if dim else layers
+    masked, _ = peers.masked_dense(layers, "fused")
+    masked.run()
+    for param, whole, rows in zip(taken[0], layers.grads, layers.rows):
+        assert param.is_contiguous()
+        grad = (param.grad.t() if dim else param.grad).clone()
+        assert torch.equal(grad[rows], whole[rows])
+        grad[rows] = 0
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [7, 40, 256])
+def test_the_bytes_of_columns_are_those_of_their_lines(dtype, width):
+    size = dtype.itemsize
+    buffer = torch.zeros(33 * width, dtype=dtype)
+    matrix = buffer[width : width + 32 * width].view(32, width)  # rows begin anywhere within a line
+    columns = torch.randperm(width)[: max(1, width // 8)]
+    for line in (32, 64):
+        places = {
+            (row, (matrix.data_ptr() + (row * width + column) * size) // line)
+            for row in range(32)
+            for column in columns.tolist()
+        }
+        assert limits.touched_lines(matrix, columns, line) == len(places)
+
+
+def test_the_bytes_of_a_step_over_columns(native):
+    layers = kernels.Layers("tiny", torch.float32, torch.device("cpu"), 1).turned(1.0)
+    # of all columns every line is touched: weight both ways, gradient once; moments both ways
+    assert limits.column_bytes(layers) == layers.parameters * (3 * 4 + 16)
+    layers = layers.turned(0.001)  # one column each
+    rows = sum(weight.shape[1] for weight in layers.weights)
+    assert limits.column_bytes(layers) == rows * (3 * 64 + 16)
 
 
 @pytest.mark.parametrize("columns", [5, 64, 200, 2048])
