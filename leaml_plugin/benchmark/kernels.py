@@ -50,6 +50,7 @@ from leaml_plugin.benchmark.peers import (
     gather_fused_scatter,
     masked_dense,
     optional_gpu_peers,
+    relevance_and_squared_norm,
 )
 from leaml_plugin.benchmark.timing import Contender, Timer, compare, summary
 from leaml_plugin.benchmark.timing import quantile as quantile  # other benchmarks take it from here
@@ -59,7 +60,6 @@ from leaml_plugin.report.markdown import require_marks, write_between
 OPS = ("relevance", "select", "sparse_adamw", "fusion", "weight_grad")
 LARGEST = "qwen2.5-vl-7b"  # selection is so quick that it is measured at this model's size too
 DTYPES = ("float32", "bfloat16", "float16")
-ASKED = (0.05, 0.10)  # the densities that the project's bars are about
 GPU_LAYERS = 4  # of a 7B model: a billion weights, far more than the caches hold
 
 
@@ -211,8 +211,8 @@ class Bench:
         if not self.config.compile:
             return False
         if self.device.type == "cpu":
-            return not sparing or density in ASKED
-        return density == ASKED[-1] if sparing else density in ASKED
+            return not sparing or density in tables.ASKED
+        return density == tables.ASKED[-1] if sparing else density in tables.ASKED
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         import torch
@@ -235,7 +235,13 @@ class Bench:
 
     def relevance_of(self, op: str, dtype: str, layers: Layers, lists: Any, options: dict[str, Any], eager: Any,
                      needed: int) -> None:  # fmt: skip
+        import torch
+
         from leaml_plugin import ops
+
+        def then_norm() -> None:
+            ops.neuron_relevance_(*lists, **options)
+            torch.nn.utils.get_total_norm(layers.grads)
 
         contenders = [
             Contender("ours", lambda: ops.neuron_relevance_(*lists, **options)),
@@ -243,9 +249,13 @@ class Bench:
         ]
         if op == "relevance":
             contenders.append(Contender("eager_with_norm", lambda: eager_relevance_and_norm(*lists)))
+            contenders.append(Contender("ours_then_norm", then_norm))
         if self.config.compile:
             fast = self.compiled(eager)
             contenders.append(Contender("compile", lambda: fast(*lists)))
+            if op == "relevance":
+                both = self.compiled(relevance_and_squared_norm)
+                contenders.append(Contender("compile_with_norm", lambda: both(*lists)))
         self.measure(op, dtype, None, contenders, self.limit(needed, True), needed, layers)
 
     def sparse_adamw(self, dtype: str, layers: Layers, density: float) -> None:
@@ -301,7 +311,7 @@ class Bench:
         self.measure(
             "sparse_adamw_columns", dtype, density, contenders, self.limit(needed, False), needed, layers, "fp32"
         )
-        if density in ASKED:
+        if density in tables.ASKED:
             self.apart(ours, lambda: masked_dense(layers, "fused"), "dense_fused_masked", "dense_fused")
             print(line(self.rows[-1]), flush=True)
 

@@ -45,6 +45,15 @@ def eager_relevance_and_norm(weights, grads, out) -> Any:
     return torch.nn.utils.get_total_norm(grads)
 
 
+def relevance_and_squared_norm(weights, grads, out) -> Any:
+    """Both in terms that torch.compile can join into one loop over each row; to be compiled."""
+    squares = []
+    for w, g, o in zip(weights, grads, out):
+        o += (w * g).sum(1, dtype=o.dtype).abs()
+        squares.append((g.to(o.dtype) * g.to(o.dtype)).sum(1).sum())
+    return sum(squares)
+
+
 def eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, decay) -> None:
     """The selected rows by indexing, fp32 state."""
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step

@@ -50,22 +50,63 @@ def test_bars_are_met_or_missed_by_their_number():
         row("sparse_adamw", state="8bit", share=0.1),
     ]
     page = tables.page(steps)
-    assert cells(page, "step at 5 / 10 %") == ["0.90 / 0.85, met", "0.85, met"]
-    assert cells(page, "step: 3 times gather") == ["3.00 / 2.99, missed", "not measured"]
-    assert cells(page, "step: 1/density") == ["20.0 / 10.1, met", "19.9, missed"]
-    assert cells(page, "step: 1.8 times") == ["1.79 / 1.90, missed", "not measured"]
+    assert cells(page, "step at 5 / 10 %: at least 0.85 of moving") == ["0.90 / 0.85, met", "0.85, met"]
+    assert cells(page, "step at 5 / 10 %: 3 times gather") == ["3.00 / 2.99, missed", "not measured"]
+    assert cells(page, "step at 5 / 10 %: 1/density") == ["20.0 / 10.1, met", "19.9, missed"]
+    assert cells(page, "step at 5 / 10 %: 1.8 times") == ["1.79 / 1.90, missed", "not measured"]
+
+
+def test_a_bar_that_reads_in_two_ways_has_two_lines():
+    step = row(
+        "sparse_adamw", gather_fused_scatter=4.0, gather_fused_scatter_tuned_malloc=2.7, dense_fused_masked=21.0,
+        dense_fused=16.0,
+    )  # fmt: skip
+    page = tables.page([step])
+    assert cells(page, "step at 5 / 10 %: at least 0.85 of moving") == ["0.90, met"]
+    assert cells(page, "step at 5 / 10 %: at least 0.85 of a stream") == ["0.70, missed"]
+    assert cells(page, "step at 5 / 10 %: 3 times gather + fused + scatter |") == ["4.00, met"]
+    assert cells(page, "step at 5 / 10 %: 3 times gather + fused + scatter, tuned") == ["2.70, missed"]
+    assert cells(page, "step at 5 / 10 %: 1/density times masking") == ["21.0, met"]
+    assert cells(page, "step at 5 / 10 %: 1/density times dense fused alone") == ["16.0, missed"]
+    # with several threads, and on a GPU, a stream is the limit itself
+    page = tables.page([{**step, "stream_share": None}])
+    assert "of moving the same rows" not in page
+    assert cells(page, "step at 5 / 10 %: at least 0.85 of a stream") == ["0.90, met"]
+
+
+def test_relevance_is_held_against_peers_with_the_norm_too():
+    whole = {"density": None, "state": None}
+    with_peers = row(
+        "relevance", **whole, eager=6.0, eager_with_norm=7.0, eager_tuned_malloc=2.0, eager_with_norm_tuned_malloc=3.1,
+        compile=1.0, compile_with_norm=1.09, ours_then_norm=1.6,
+    )  # fmt: skip
+    page = tables.page([with_peers, row("relevance_columns", **whole, eager=4.0)])
+    assert cells(page, "relevance: 5 times eager") == ["6.00, met"]
+    assert cells(page, "relevance: 3 times eager") == ["2.00, missed"]
+    assert cells(page, "relevance with the norm: 5 times eager") == ["7.00, met"]
+    assert cells(page, "relevance with the norm: 3 times eager") == ["3.10, met"]
+    assert cells(page, "relevance: 1.1 times torch.compile") == ["1.00, missed"]
+    assert cells(page, "relevance with the norm: 1.1 times torch.compile") == ["1.09, missed"]
+    assert cells(page, "relevance of columns: 5 times eager") == ["4.00, missed"]
+    assert "relevance of columns with the norm" not in page
+    assert "| relevance, then the norm by itself |" in page and "| 1.60 [1.50-1.70] |" in page
 
 
 def test_the_fusion_is_held_against_the_bytes_of_relevance():
     # 125 weights: relevance needs 1000 bytes, the fusion 1120; at the limit it takes 1.12 of relevance's time
-    met, missed = row("fusion", share=1.0, relevance_alone=0.9), row("fusion", share=0.9, relevance_alone=0.9)
-    assert cells(tables.page([met, row("relevance")]), "fusion at 5 %") == ["1.12, met"]
-    assert cells(tables.page([missed, row("relevance")]), "fusion at 5 %") == ["1.24, missed"]
+    met, missed = row("fusion", share=1.0, relevance_alone=0.9), row("fusion", share=0.9, relevance_alone=0.8)
+    bar, beside = "fusion at 5 / 10 %: at most 1.15 times the", "fusion at 5 / 10 %: at most 1.15 times relevance alone"
+    page = tables.page([met, row("relevance")])
+    assert cells(page, bar) == ["1.12, met"] and cells(page, beside) == ["1.11, met"]
+    page = tables.page([missed, row("relevance")])
+    assert cells(page, bar) == ["1.24, missed"] and cells(page, beside) == ["1.25, missed"]
+    both = [met, {**missed, "density": 0.1}, {**missed, "density": 0.2}]  # the last is not asked about
+    assert cells(tables.page(both), bar) == ["1.12 / 1.24, missed"]
     assert "| fp32 | 5 % | 2.00 | 1.00 | 1.11 | 1.12 |" in tables.page([met])
     # without that peer there is nothing to say about it
-    assert "| fp32 | 5 % | 2.00 | 1.00 |  | 1.12 | 1.05 [0.95-1.15] |" in tables.page(
-        [row("fusion", share=1.0, our_two_parts=1.05)]
-    )
+    page = tables.page([row("fusion", share=1.0, our_two_parts=1.05)])
+    assert "| fp32 | 5 % | 2.00 | 1.00 |  | 1.12 | 1.05 [0.95-1.15] |" in page
+    assert "relevance alone |" not in page.partition("Against the bars")[2]
 
 
 def test_a_page_from_the_rows_of_a_file(tmp_path):

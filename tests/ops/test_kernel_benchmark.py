@@ -115,6 +115,25 @@ def test_what_is_compiled_anew_for_each_density_is_so_where_it_tells_most(native
     assert [d for d in densities if bench.compiles(d, sparing=True)] == [0.1]
 
 
+def test_relevance_has_its_peers_with_the_norm(native, monkeypatch):
+    monkeypatch.setattr(kernels.Bench, "tuned_allocator", lambda self: None)
+    monkeypatch.setattr(kernels.Bench, "compiled", lambda self, function: function)
+    config = kernels.Config(ops=("relevance",), dtypes=("float32",), model="tiny", device="cpu", pairs=3)
+    rows = {row.op: row.ratio.keys() for row in kernels.run(config)}
+    with_norm = {"eager_with_norm", "compile_with_norm", "ours_then_norm"}
+    assert rows["relevance"] == {"eager", "compile", *with_norm}
+    assert rows["relevance_all"] == rows["relevance_columns"] == {"eager", "compile"}
+
+
+def test_the_peer_with_the_norm_computes_what_the_op_returns(native):
+    layers = kernels.Layers("tiny", torch.float32, torch.device("cpu"), 1)
+    out = [torch.zeros_like(o) for o in layers.out]
+    wanted = ops.neuron_relevance_(layers.weights, layers.grads, layers.out)
+    torch.testing.assert_close(peers.relevance_and_squared_norm(layers.weights, layers.grads, out), wanted)
+    for own, expected in zip(out, layers.out):
+        torch.testing.assert_close(own, expected)
+
+
 def test_the_product_of_the_limit_is_that_of_the_op(native):
     x, grad, rows = torch.randn(9, 6), torch.randn(9, 20), torch.tensor([0, 3, 4, 19])
     wanted = ops.selected_weight_grad(x, grad, rows)
