@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class Config:
 
 @dataclass
 class Row:
-    """One contender: milliseconds a step, ratio to selective neurons is ``peer / ours`` in the same repetition."""
+    """One contender: milliseconds a step; a ratio is ``peer / this`` in the same repetition, ``ratio_to_`` its median
+    and ``spread`` its 20th and 80th percentile (keys: ``full``, ``lora``)."""
 
     name: str
     size: str
@@ -77,6 +78,8 @@ class Row:
     ratio_to_full: float | None
     ratio_to_lora: float | None
     machine: dict[str, Any]
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+    pairs: int = 0
 
 
 def build_model(config: Config, device: Any) -> Any:
@@ -274,8 +277,10 @@ def run_size(config: Config) -> Iterator[Row]:
     times = compare(contenders, Timer(device, config.threads), config.pairs)
     for runner in runners:
         own = [t[runner.name] for t in times]
-        lora = f"lora@{runner.density:g}" if runner.density else ""
-        selective = runner.name.startswith("selective")
+        ratios = {"full": [t["full"] / t[runner.name] for t in times]}
+        if runner.name.startswith("selective"):
+            ratios["lora"] = [t[f"lora@{runner.density:g}"] / t[runner.name] for t in times]
+        middle = {peer: quantile(values, 0.5) for peer, values in ratios.items()}
         row = Row(
             name=runner.name,
             size=config.size,
@@ -285,9 +290,11 @@ def run_size(config: Config) -> Iterator[Row]:
             gradient_bytes=runner.gradient_bytes,
             state_bytes=state_bytes(runner.optimizer),
             peak_bytes=peaks.get(runner.name),
-            ratio_to_full=quantile([t["full"] / t[runner.name] for t in times], 0.5),
-            ratio_to_lora=quantile([t[lora] / t[runner.name] for t in times], 0.5) if selective else None,
+            ratio_to_full=middle["full"],
+            ratio_to_lora=middle.get("lora"),
             machine=info,
+            spread={peer: (quantile(values, 0.2), quantile(values, 0.8)) for peer, values in ratios.items()},
+            pairs=config.pairs,
         )
         print(line(row), flush=True)
         yield row
@@ -335,11 +342,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def line(row: Row) -> str:
     mega = 2**20
     peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / mega:7.0f} MiB"
-    lora = "" if row.ratio_to_lora is None else f"  LoRA/this {row.ratio_to_lora:.2f}"
+    spread = {peer: f" [{low:.2f}-{high:.2f}]" for peer, (low, high) in row.spread.items()}
+    lora = "" if row.ratio_to_lora is None else f"  LoRA/this {row.ratio_to_lora:.2f}{spread['lora']}"
     return (
         f"{row.name:15} {row.time_ms:8.1f} ms  trainable {row.trainable / 1e6:7.2f} M  gradients "
         f"{row.gradient_bytes / mega:7.1f} MiB  states {row.state_bytes / mega:7.1f} MiB{peak}  "
-        f"full/this {row.ratio_to_full:.2f}{lora}"
+        f"full/this {row.ratio_to_full:.2f}{spread['full']}{lora}"
     )
 
 

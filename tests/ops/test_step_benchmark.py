@@ -19,7 +19,13 @@ def test_bytes_are_proportional_to_what_is_trained(tmp_path, native):
         plot=tmp_path / "cost.svg",
     )  # fmt: skip
     rows = step.run(config, ["tiny"])
-    assert json.loads((tmp_path / "rows.json").read_text())[0]["size"] == "tiny"
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written[0]["size"] == "tiny"
+    for row, kept in zip(rows, written):
+        assert row.spread.keys() == ({"full", "lora"} if row.name.startswith("selective") else {"full"})
+        for peer, (low, high) in row.spread.items():
+            assert low <= getattr(row, f"ratio_to_{peer}") <= high
+            assert kept["spread"][peer] == [low, high] and f"[{low:.2f}-{high:.2f}]" in step.line(row)
     assert "density" in (tmp_path / "cost.svg").read_text()
     by_name = {row.name: row for row in rows}
     assert list(by_name) == ["full", "lora@0.1", "selective@0.1", "lora@0.2", "selective@0.2"]
