@@ -23,6 +23,10 @@ Sums total(const Lanes& lanes);
 // The same for a whole contiguous row of n elements at once: the function for these types. abs_wg only where `absolute`.
 using RowRelevance = Sums (*)(const void* w, const void* g, int64_t n);
 RowRelevance row_relevance(Type wt, Type gt, bool absolute);
+// The same for two rows at once, row_relevance's bits for each; w_next and g_next (in bytes) lead to the second row, and
+// from there to what is likely read next. Null where one row at a time is as fast on this processor.
+using PairRelevance = void (*)(const void* w, const void* g, int64_t w_next, int64_t g_next, int64_t n, Sums* out);
+PairRelevance pair_relevance(Type wt, Type gt, bool absolute);
 // Sums of n columns; abs_wg is used only where it was asked for.
 struct ColumnSums {
   float *wg, *abs_wg, *gg;

@@ -54,6 +54,17 @@ Sums row_sums(const Matrix& w, const Matrix& g, int64_t row, cpu::RowRelevance w
   return cpu::total(lanes);
 }
 
+// The sums of rows [begin, end) of a part, from out[begin] on.
+void rows_sums(const Matrix& w, const Matrix& g, int64_t begin, int64_t end, bool absolute, Sums* out) {
+  const cpu::Type wt = kernel_type(w.dtype), gt = kernel_type(g.dtype);
+  const cpu::RowRelevance whole = cpu::row_relevance(wt, gt, absolute);
+  const cpu::PairRelevance both = w.col_stride == 1 && g.col_stride == 1 ? cpu::pair_relevance(wt, gt, absolute) : nullptr;
+  const int64_t w_next = w.row_stride * bytes(w.dtype), g_next = g.row_stride * bytes(g.dtype);
+  int64_t r = begin;
+  for (; both && r + 2 <= end; r += 2) both(w.data + r * w_next, g.data + r * g_next, w_next, g_next, w.cols, out + r);
+  for (; r < end; ++r) out[r] = row_sums(w, g, r, whole);
+}
+
 const float* as_floats(const Matrix& m, int64_t row, int64_t column, int64_t n, float* buffer) {
   const char* p = m.data + (row * m.row_stride + column * m.col_stride) * bytes(m.dtype);
   if (m.dtype == Dtype::f32 && m.col_stride == 1) return reinterpret_cast<const float*>(p);
@@ -167,9 +178,7 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
     const Part& p = parts[item.part];
     if (p.dim == 1)
       return column_sums(p.w, p.g, item.begin, item.end - item.begin, absolute, &sums[item.part][size_t(item.begin)]);
-    const cpu::RowRelevance whole = cpu::row_relevance(kernel_type(p.w.dtype), kernel_type(p.g.dtype), absolute);
-    Sums* own = sums[item.part].data();
-    for (int64_t r = item.begin; r < item.end; ++r) own[r] = row_sums(p.w, p.g, r, whole);
+    rows_sums(p.w, p.g, item.begin, item.end, absolute, sums[item.part].data());
   });
   return scalar_tensor(finish(parts, sums, outputs, criteria, scale, skip));
 }
@@ -429,10 +438,8 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
     const Item& item = items[size_t(index)];
     const Update& u = updates[item.part];
     int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
-    const cpu::RowRelevance whole = cpu::row_relevance(kernel_type(u.w.dtype), kernel_type(u.g.dtype), absolute);
     // all rows of the item in one stream, then the selected ones, which are still in the cache
-    Sums* own = sums[item.part].data();
-    for (int64_t r = item.begin; r < item.end; ++r) own[r] = row_sums(u.w, u.g, r, whole);
+    rows_sums(u.w, u.g, item.begin, item.end, absolute, sums[item.part].data());
     if (call.skip) return;
     Coefficients known;
     const int64_t end = std::lower_bound(u.rows + j, u.rows + u.k, item.end) - u.rows;

@@ -171,11 +171,23 @@ def dequantize(code: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return (unit * unit) * (unit * unit) * scale
 
 
+def _code_root(x: Tensor) -> Tensor:
+    """The fourth root of fp32 ``x`` in [0, 1] to 4e-7: Halley's method from the bits of ``x``, as in numerics.h."""
+    least = x.clamp_min(2.0**-100).contiguous()
+    r = (0x4F582000 - (least.view(torch.int32) >> 2)).view(torch.float32)
+    for _ in range(2):
+        square = r * r
+        rest = 1.0 - least * (square * square)
+        r = r + r * (rest * (0.25 + 0.15625 * rest))
+    return least * (r * r) * r
+
+
 def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """fp32 ``[k, in]`` to (uint8 code, fp32 scales ``[k, blocks]``), rounding stochastically between two codes.
 
     The fourth-power code spans nine decades (v) and eight (m) below a block's largest value. Rounding is unbiased:
-    to-nearest would freeze a second moment whose change per step is smaller than half a code.
+    to-nearest would freeze a second moment whose change per step is smaller than half a code. The exception: a second
+    moment that is not zero gets at least the first code.
     A block that holds NaN or Inf gets the scale NaN, so all of it reads as NaN.
     """
     rows, columns = value.shape
@@ -189,13 +201,15 @@ def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     inverse = torch.where(spread >= tiny, 1.0 / spread, torch.zeros_like(spread))
     x = torch.nan_to_num(magnitude * inverse, nan=0.0, posinf=0.0).clamp_max(1.0)
     top = 127.0 if signed else 255.0
-    low = torch.floor(_sqrt(_sqrt(x)) * top).clamp_max(top - 1.0)
+    low = torch.floor(_code_root(x) * top).clamp_max(top - 1.0)
     a, b = low * (1.0 / top), (low + 1.0) * (1.0 / top)
     below, above = (a * a) * (a * a), (b * b) * (b * b)
     uniform = (bits >> 8).to(torch.float32) * 2.0**-24
     q = low + ((x - below) - uniform * (above - below) > 0).to(torch.float32)
     if signed:
         q = 128.0 + torch.copysign(q, value)
+    else:  # beside a first moment that is not zero, a second moment that became zero would divide the step by eps
+        q = torch.maximum(q, ((value > 0) & (inverse > 0)).to(torch.float32))
     return q.to(torch.uint8), scales
 
 
@@ -273,11 +287,11 @@ def sparse_adamw_(
         t = step.to(torch.float64).reshape(-1, 1)
         correction1 = -torch.expm1(t * math.log(beta1)) if beta1 > 0 else torch.ones_like(t)
         correction2 = -torch.expm1(t * math.log(beta2)) if beta2 > 0 else torch.ones_like(t)
-        step_size, root2 = (rate / correction1).to(dtype), correction2.sqrt().to(dtype)
+        step_size, inverse_root2 = (rate / correction1).to(dtype), (1.0 / correction2.sqrt()).to(dtype)
         w = w * decay
         m = m + (g - m) * (1.0 - beta1)
         v = v * beta2 + (g * g) * (1.0 - beta2)
-        w = w - step_size * (m / (_sqrt(v) / root2 + eps))
+        w = w - step_size * (m / (_sqrt(v) * inverse_root2 + eps))
 
         new_w = w.to(torch.float32)
         key = row_key(seed, i, index, step)
