@@ -395,3 +395,26 @@ def test_bad_arguments_are_named():
     failing("eps: wanted >= 0", options={"eps": -1.0})
     failing("grad_scale: wanted one element", options={"grad_scale": torch.ones(2)})
     failing("grads: wanted one for each of the 1 params, got 0", grads=[])
+
+
+def test_the_fourth_root_of_a_code_is_exact_to_the_last_bits():
+    x = torch.cat([torch.logspace(-28, 0, 200_001), torch.tensor([1.0])]).float()
+    wanted = x.double().pow(0.25)
+    assert ((reference._code_root(x).double() - wanted) / wanted).abs().max() < 5e-7
+    assert reference._code_root(torch.tensor([0.0, 1e-45])).max() * 255 < 1e-3  # what is next to nothing keeps code 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_moment_beside_far_larger_ones_does_not_become_zero(backend):
+    """Gradients of 1 and, in the same block, of 1e-6 now and then: a state of zero would divide the step by eps."""
+    moved = []
+    for eight_bit in (True, False):
+        problem = make_problem([(4, 256)], density=1.0, eight_bit=eight_bit, lr=1e-3, eps=1e-12, weight_decay=0.0)
+        start = problem.params[0].clone()
+        for number in range(6):
+            problem.grads[0].fill_(0.0 if number % 2 else 1e-6)
+            problem.grads[0][:, 0] = 1.0
+            problem.step(backend)
+        moved.append((problem.params[0] - start)[:, 1:].abs().max().item())
+        assert (problem.states[0]["exp_avg_sq"] > 0).all()
+    assert moved[0] <= 2 * moved[1]
