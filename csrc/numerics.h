@@ -164,26 +164,14 @@ LEAML_HD float decode_unsigned(uint8_t code, float scale) {
 // What a block's elements are multiplied by before coding; 0 where the block is all zero, subnormal or not finite.
 LEAML_HD float block_inverse(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
 
-// The fourth root of x in [0, 1], near enough for a code: rounding is decided against the exact value of the code below.
+// A code only has to be near: rounding is decided against the exact value of the code below.
 LEAML_HD float code_root(float x) {
 #if defined(__CUDA_ARCH__)
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(root));
   return root;
 #else
-  // Two square roots take a processor's divider as long as all the rest of a step. Here: x^(-1/4) to 3 % from the bits of
-  // x, to the last bits in two rounds of Halley's method, and x times its cube. The least x keeps r^4 finite; its code is 0.
-  uint32_t u = float_bits(x);
-  u = u < 0x0d800000u ? 0x0d800000u : u;  // 2^-100
-  const float least = bits_float(u);
-  float r = bits_float(0x4f582000u - (u >> 2));
-  float square = r * r, rest = 1.0f - least * (square * square);
-  r = r + r * (rest * (0.25f + 0.15625f * rest));
-  square = r * r;
-  rest = 1.0f - least * (square * square);
-  r = r + r * (rest * (0.25f + 0.15625f * rest));
-  return least * (r * r) * r;
+  return sqrtf(x);
 #endif
 }
 
@@ -193,7 +181,7 @@ LEAML_HD float encode_magnitude(float magnitude, float inverse, float top, uint3
   u = u < 0x7f800000u ? u : 0u;  // NaN and Inf code zero: the scale says NaN
   u = u > 0x3f800000u ? 0x3f800000u : u;
   const float x = bits_float(u);
-  int32_t q = int32_t(code_root(x) * top);
+  int32_t q = int32_t(code_root(code_root(x)) * top);
   q = q > int32_t(top) - 1 ? int32_t(top) - 1 : q;
   const float low = float(q);
   const float a = low * (1.0f / top), b = (low + 1.0f) * (1.0f / top);

@@ -171,17 +171,6 @@ def dequantize(code: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return (unit * unit) * (unit * unit) * scale
 
 
-def _code_root(x: Tensor) -> Tensor:
-    """The fourth root of fp32 ``x`` in [0, 1] to 4e-7: Halley's method from the bits of ``x``, as in numerics.h."""
-    least = x.clamp_min(2.0**-100).contiguous()
-    r = (0x4F582000 - (least.view(torch.int32) >> 2)).view(torch.float32)
-    for _ in range(2):
-        square = r * r
-        rest = 1.0 - least * (square * square)
-        r = r + r * (rest * (0.25 + 0.15625 * rest))
-    return least * (r * r) * r
-
-
 def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """fp32 ``[k, in]`` to (uint8 code, fp32 scales ``[k, blocks]``), rounding stochastically between two codes.
 
@@ -201,7 +190,7 @@ def quantize(value: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     inverse = torch.where(spread >= tiny, 1.0 / spread, torch.zeros_like(spread))
     x = torch.nan_to_num(magnitude * inverse, nan=0.0, posinf=0.0).clamp_max(1.0)
     top = 127.0 if signed else 255.0
-    low = torch.floor(_code_root(x) * top).clamp_max(top - 1.0)
+    low = torch.floor(_sqrt(_sqrt(x)) * top).clamp_max(top - 1.0)
     a, b = low * (1.0 / top), (low + 1.0) * (1.0 / top)
     below, above = (a * a) * (a * a), (b * b) * (b * b)
     uniform = (bits >> 8).to(torch.float32) * 2.0**-24
