@@ -451,7 +451,55 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
 
 // --- selection -----------------------------------------------------------------------------------------------------
 
-// Radix selection: two histograms of 16 bits find the k-th key, one pass gathers in index order.
+// How often each of 2^11 values of (key >> shift) occurs. Scores have few exponents, so neighbours often count in the same
+// bin, and an increment has to wait for the one before: four counts take turns.
+struct Histogram {
+  static constexpr uint32_t kBins = 1u << 11;
+  std::vector<uint32_t> counts = std::vector<uint32_t>(4 * kBins);
+
+  void add(const uint32_t* keys, int64_t n, int shift) {
+    uint32_t* c = counts.data();
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+      for (uint32_t q = 0; q < 4; ++q) ++c[q * kBins + ((keys[i + q] >> shift) & (kBins - 1))];
+    for (; i < n; ++i) ++c[(keys[i] >> shift) & (kBins - 1)];
+  }
+  // The bin of the left-th largest key, and how many of that bin come up to it: `left` is lowered to that.
+  uint32_t find(int64_t& left) {
+    for (uint32_t bin = kBins; bin-- > 0;) {
+      const int64_t here = int64_t(counts[bin]) + counts[kBins + bin] + counts[2 * kBins + bin] + counts[3 * kBins + bin];
+      if (here >= left) return bin;
+      left -= here;
+    }
+    return 0;  // never: there are as many keys as are asked for
+  }
+};
+
+struct Keys {
+  const uint32_t* data;
+  int64_t n;
+};
+
+// The left-th largest of some keys; of those equal to it, as many are to be taken as `left` says afterwards. Three digits of
+// 11, 11 and 10 bits, from the top: what shares the digits so far is gathered for the next.
+uint32_t nth_largest(const std::vector<Keys>& keys, int64_t& left) {
+  Histogram first;
+  for (const Keys& k : keys) first.add(k.data, k.n, 21);
+  uint32_t prefix = first.find(left);
+  std::vector<uint32_t> rest;
+  for (const Keys& k : keys)
+    for (int64_t i = 0; i < k.n; ++i)
+      if (k.data[i] >> 21 == prefix) rest.push_back(k.data[i]);
+  Histogram second;
+  second.add(rest.data(), int64_t(rest.size()), 10);
+  prefix = (prefix << 11) | second.find(left);
+  rest.erase(std::remove_if(rest.begin(), rest.end(), [&](uint32_t k) { return k >> 10 != prefix; }), rest.end());
+  std::sort(rest.begin(), rest.end(), std::greater<uint32_t>());
+  const uint32_t found = rest[size_t(left - 1)];
+  left -= std::lower_bound(rest.begin(), rest.end(), found, std::greater<uint32_t>()) - rest.begin();
+  return found;
+}
+
 Tensor select_top_cpu(Tensors scores, std::vector<int64_t> groups, std::vector<int64_t> counts) {
   check_count("groups", groups, scores);
   std::vector<int64_t> starts, sizes(counts.size(), 0);
@@ -463,9 +511,10 @@ Tensor select_top_cpu(Tensors scores, std::vector<int64_t> groups, std::vector<i
                     " dimensions of scalar type ", static_cast<int>(scores[i].scalar_type()));
     STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < int64_t(counts.size()), "groups ", i, ": wanted 0 to ", counts.size(),
                     " exclusive, got ", groups[i]);
+    const int64_t n = scores[i].numel();
     starts.push_back(total);
-    sizes[size_t(groups[i])] += scores[i].numel();
-    total += scores[i].numel();
+    sizes[size_t(groups[i])] += n;
+    total += n;
   }
   for (size_t g = 0; g < counts.size(); ++g) {
     STD_TORCH_CHECK(counts[g] >= 0 && counts[g] <= sizes[g], "counts ", g, ": wanted 0 to ", sizes[g], ", got ", counts[g]);
@@ -474,57 +523,37 @@ Tensor select_top_cpu(Tensors scores, std::vector<int64_t> groups, std::vector<i
   Tensor result = torch::stable::empty({wanted}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(result.data_ptr());
 
-  std::vector<uint32_t> keys{};
-  std::vector<uint32_t> threshold(counts.size(), 0);
-  std::vector<int64_t> ties(counts.size(), 0);  // how many keys equal to the threshold are taken
-  std::vector<int64_t> histogram(1 << 16);
-  std::vector<std::vector<size_t>> members(counts.size());
-  for (size_t i = 0; i < scores.size(); ++i) members[size_t(groups[i])].push_back(i);
-  keys.resize(size_t(total));
+  starts.push_back(total);  // asking a tensor costs a call: not in the loops
+  std::vector<uint32_t> keys(static_cast<size_t>(total));
   for_items(int64_t(scores.size()), total, [&](int64_t i) {
     const float* s = static_cast<const float*>(scores[size_t(i)].data_ptr());
     uint32_t* k = keys.data() + starts[size_t(i)];
-    for (int64_t j = 0; j < scores[size_t(i)].numel(); ++j) k[j] = order_key(s[j]);
+    const int64_t n = starts[size_t(i) + 1] - starts[size_t(i)];
+    for (int64_t j = 0; j < n; ++j) k[j] = order_key(s[j]);
   });
-  for (size_t g = 0; g < counts.size(); ++g) {
-    if (counts[g] == 0) continue;
-    uint32_t prefix = 0;
-    int64_t left = counts[g];
-    if (sizes[g] < 4096) {  // a histogram costs more than sorting
-      std::vector<uint32_t> sorted;
-      for (size_t i : members[g])
-        sorted.insert(sorted.end(), keys.begin() + starts[i], keys.begin() + starts[i] + scores[i].numel());
-      std::nth_element(sorted.begin(), sorted.begin() + (left - 1), sorted.end(), std::greater<uint32_t>());
-      prefix = sorted[size_t(left - 1)];
-      for (uint32_t k : sorted) left -= k > prefix;
-    } else {
-      for (int shift : {16, 0}) {
-        std::fill(histogram.begin(), histogram.end(), 0);
-        for (size_t i : members[g])
-          for (int64_t j = starts[i]; j < starts[i] + scores[i].numel(); ++j) {
-            const uint32_t k = keys[size_t(j)];
-            if (shift == 16)
-              ++histogram[k >> 16];
-            else if ((k >> 16) == prefix)
-              ++histogram[k & 0xffffu];
-          }
-        uint32_t bin = 0xffffu;
-        while (histogram[bin] < left) left -= histogram[bin--];
-        prefix = (prefix << 16) | bin;
-      }
-    }
-    threshold[g] = prefix;
-    ties[g] = left;
-  }
+  std::vector<uint32_t> threshold(counts.size(), 0);
+  std::vector<int64_t> ties(counts.begin(), counts.end());  // how many keys equal to the threshold are taken
+  std::vector<std::vector<Keys>> members(counts.size());
+  for (size_t i = 0; i < scores.size(); ++i)
+    members[size_t(groups[i])].push_back({keys.data() + starts[i], starts[i + 1] - starts[i]});
+  for_items(int64_t(counts.size()), total, [&](int64_t g) {
+    if (counts[size_t(g)] > 0) threshold[size_t(g)] = nth_largest(members[size_t(g)], ties[size_t(g)]);
+  });
   int64_t written = 0;
   for (size_t i = 0; i < scores.size(); ++i) {
     const size_t g = size_t(groups[i]);
     if (counts[g] == 0) continue;
     const uint32_t limit = threshold[g];
-    for (int64_t j = starts[i]; j < starts[i] + scores[i].numel(); ++j) {
+    int64_t equal = ties[g];
+    // written whether or not it counts: whether it does is a coin toss that no processor foresees
+    for (int64_t j = starts[i]; j < starts[i + 1] && written < wanted; ++j) {
       const uint32_t k = keys[size_t(j)];
-      if (k > limit || (k == limit && ties[g]-- > 0)) out[written++] = j;
+      const bool tie = k == limit && equal > 0;
+      out[written] = j;
+      written += k > limit || tie;
+      equal -= tie;
     }
+    ties[g] = equal;
   }
   return result;
 }
