@@ -4,7 +4,8 @@
 // instruction sets give the same bits.
 #include "cpu_kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LEAML_NO_DISPATCH)
+// GCC 12 is the first to know the levels by name; other compilers build the loops of the baseline.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(LEAML_NO_DISPATCH)
 #define LEAML_DISPATCH
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // a false alarm inside GCC 12's own header
