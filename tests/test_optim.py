@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from leaml_plugin import LeamlError, SparseAdamW
+from leaml_plugin import LeamlError, RelevanceScorer, SparseAdamW
 
 ROWS = torch.tensor([1, 4, 5, 9])
 
@@ -207,6 +207,132 @@ def test_clipping_inside_the_step_equals_clip_grad_norm():
         assert torch.equal(p.grad, gradient(step))
     torch.testing.assert_close(p, r)
     torch.testing.assert_close(q, s)
+
+
+def test_fp16_gradients_times_a_loss_scale_do_not_overflow_the_norm():
+    """Their norm is 10^5 and more, beyond what fp16 holds; the step must be that of the same gradients in fp32."""
+    half = weight(torch.float16)
+    full = nn.Parameter(half.detach().float())
+    ours, exact = sparse(half, eps=1.0, max_grad_norm=0.5), sparse(full, eps=1.0, max_grad_norm=0.5)
+    for step in range(3):
+        half.grad = (gradient(step) / 4).half() * 65536
+        full.grad = half.grad.float() / 65536
+        assert half.grad.isfinite().all() and torch.nn.utils.get_total_norm([half.grad]).isinf()
+        ours.grad_scale, ours.found_inf = torch.tensor([65536.0]), torch.tensor([0.0])  # as GradScaler does
+        ours.step()
+        exact.step()
+        assert ours.grad_norm.dtype == torch.float32
+        torch.testing.assert_close(ours.grad_norm.reshape(()), exact.grad_norm)
+    torch.testing.assert_close(ours.state[half]["master"], full.detach()[ROWS])
+    torch.testing.assert_close(ours.state[half]["exp_avg"], exact.state[full]["exp_avg"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_norm_for_clipping_has_fp32_precision(dtype, transposed):
+    """Of matrices in both memory orders, a vector, a scalar, a convolution in channels-last and an empty matrix."""
+    params, exact = [], 0.0
+    for number, shape in enumerate([(700, 900), (4, 3, 3, 3), (50,), (), (0, 5)]):
+        p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        if transposed and p.dim() == 2:
+            p.grad = p.grad.t().contiguous().t()
+        if transposed and p.dim() == 4:
+            p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+        params.append(p)
+        exact += float(p.grad.double().square().sum())
+    optimizer = SparseAdamW(params, lr=0.0, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm.dtype == torch.float32
+    assert float(optimizer.grad_norm) == pytest.approx(math.sqrt(exact), rel=1e-5)
+
+
+def test_a_norm_that_is_known_is_not_taken_again():
+    """The relevance pass emits it: the same step, for one step only, at no further read of the gradients."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(7, 12, bias=False), nn.Tanh(), nn.Linear(12, 3, bias=False)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [
+        SparseAdamW([{"params": [n[0].weight, n[2].weight], "rows": [ROWS, ROWS[:1]]}], eps=1.0, max_grad_norm=0.05)
+        for n in nets
+    ]
+    linear = {name: m for name, m in nets[0].named_children() if isinstance(m, nn.Linear)}
+    scorer = RelevanceScorer(linear, gradients="keep")
+    for step in range(4):
+        for net, optimizer in zip(nets, optimizers):
+            optimizer.zero_grad()
+            (net(gradient(step)).square().sum() * (1 + step)).backward()
+        if step < 3:
+            scorer.accumulate()
+            optimizers[0].use_squared_norm(scorer.squared_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm)
+        assert float(optimizers[0].grad_norm) > 0.05
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_norm_that_was_given_is_used_once_and_only_for_its_gradients():
+    p = weight()
+    optimizer = sparse(p, max_grad_norm=1.0)
+
+    def norm_of(step, before=lambda: None, closure=None):
+        p.grad = gradient(step)
+        optimizer.use_squared_norm(torch.tensor([16.0], dtype=torch.float64))
+        before()
+        optimizer.step(closure)
+        return float(optimizer.grad_norm)
+
+    measured = float(gradient(0).norm())
+    assert norm_of(0) == 4.0
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(measured)
+    # gradients of another backward pass
+    assert norm_of(0, lambda: (optimizer.zero_grad(), setattr(p, "grad", gradient(0)))) == pytest.approx(measured)
+    assert norm_of(0, closure=lambda: None) == pytest.approx(measured)
+    assert norm_of(0, closure=lambda: optimizer.use_squared_norm(torch.tensor(9.0))) == 3.0
+    # a copy and a scheduler's wrapper around step()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert norm_of(0) == 4.0
+    scheduler.step()
+    optimizer.use_squared_norm(torch.tensor(16.0))
+    twin = copy.deepcopy(optimizer)
+    twin.param_groups[0]["params"][0].grad = gradient(0)
+    twin.step()
+    assert float(twin.grad_norm) == pytest.approx(measured)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_given_norm_under_grad_scaler(unscaled):
+    """A step that the scaler skips has used it up too."""
+    p = weight()
+    optimizer = sparse(p, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for bad in (False, True):
+        p.grad = gradient(0) * 8
+        if bad:
+            p.grad[1, 1] = math.inf
+        optimizer.use_squared_norm(torch.tensor(16.0 if unscaled else 16.0 * 64), unscaled=unscaled)
+        scaler.step(optimizer)
+        assert float(optimizer.grad_norm) == 4.0
+        scaler.update()
+    p.grad = gradient(1) * scaler.get_scale()
+    scaler.step(optimizer)
+    torch.testing.assert_close(optimizer.grad_norm.reshape(()), gradient(1).norm())
+
+
+def test_a_norm_that_cannot_be_used_is_refused():
+    with pytest.raises(LeamlError, match=r"without max_grad_norm"):
+        sparse(weight()).use_squared_norm(torch.tensor(1.0))
+    for wrong, got in (
+        (torch.ones(2), r"torch.float32 of shape \[2\]"),
+        (torch.tensor(1), "torch.int64"),
+        (2.0, "2.0"),
+    ):
+        with pytest.raises(LeamlError, match="wanted a floating-point tensor of one element, got " + got):
+            sparse(weight(), max_grad_norm=1.0).use_squared_norm(wrong)
 
 
 def test_lr_may_be_a_tensor():
