@@ -359,6 +359,10 @@ class SparseAdamW(torch.optim.Optimizer):
         """As ``torch.optim.Optimizer``; states keep the dtype they were saved in (fp32 beside bf16 weights, codes).
 
         Selected rows are part of the state, so a run that changed its selection resumes with the changed one.
+
+        Raises:
+            LeamlError: a state that does not fit its parameter, naming it; ValueError: groups of other sizes. The
+                optimizer is then as it was.
         """
         if any("eight_bit" not in group for group in state_dict["param_groups"]):
             raise LeamlError(
@@ -369,32 +373,67 @@ class SparseAdamW(torch.optim.Optimizer):
             key: {name: v for name, v in entry.items() if isinstance(v, Tensor)}
             for key, entry in state_dict["state"].items()
         }
-        order = [p for group in self.param_groups for p in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, p in zip(keys, order):
-            if "rows" in self.state.get(p, {}) and "rows" not in saved.get(key, {}):
-                raise LeamlError(
-                    "the optimizer state to load has no selected rows for a parameter that was given with rows: "
-                    "loading it would train all of them."
-                )
+        pairs = []
+        for number, (group, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            for i, (p, key) in enumerate(zip(group["params"], theirs["params"])):
+                pairs.append((p, key))
+                called = group["param_names"][i] if "param_names" in group else f"{i} of group {number}"
+                self._check_saved(p, saved.get(key, {}), theirs, f"parameter {called} ({list(p.shape)})")
         super().load_state_dict(state_dict)
-        for key, p in zip(keys, order):
+        self._squared_norm = None
+        for p, key in pairs:
             for name, value in saved.get(key, {}).items():
                 self.state[p][name] = value.detach().to(device=p.device, copy=True)
-            self._check_state(p)
 
-    def _check_state(self, p: nn.Parameter) -> None:
-        state = self.state.get(p, {})
-        if "step" not in state:
-            return
+    def _check_saved(self, p: nn.Parameter, entry: dict[str, Tensor], group: dict[str, Any], called: str) -> None:
+        """Refuse a saved ``entry`` that ``p`` cannot be stepped with under the saved settings ``group``."""
         base: BaseRows | None = getattr(p, "leaml_base", None)
-        k = len(state["rows"]) if "rows" in state else len(base.index) if base is not None else _matrix(p).shape[0]
-        wanted = [k, _matrix(p).shape[1]]
-        if list(state["exp_avg"].shape) != wanted:
+        if "rows" in self.state.get(p, {}) and "rows" not in entry:
             raise LeamlError(
-                f"the optimizer state to load is for {list(state['exp_avg'].shape)} weights, the parameter has "
-                f"{wanted} selected: it was saved with another selection."
+                f"the optimizer state to load has no selected rows for {called}, which was given with rows: loading it "
+                "would train all of them; give the parameter without rows, or make the state anew."
             )
+        remedy = "load it into an optimizer over the parameters that it was saved from, or start with a new state"
+        matrix = _matrix(p.detach())
+        k, width = len(base.index) if base is not None else matrix.shape[0], matrix.shape[1]
+        if "rows" in entry:
+            if base is not None:
+                raise LeamlError(
+                    f"the optimizer state to load has row indices for {called}, which is compact already "
+                    f"(leaml_plugin.attach): {remedy}."
+                )
+            try:
+                rows = _checked_rows(p.detach(), entry["rows"])
+            except LeamlError as error:
+                raise LeamlError(f"the optimizer state to load does not fit {called}: {error} {remedy}.") from error
+            if not torch.equal(rows, entry["rows"].to(rows)):  # the states lie in the order of their rows
+                raise LeamlError(f"the optimizer state to load has rows of {called} that do not ascend: {remedy}.")
+            k = len(rows)
+        state, blocks = (torch.uint8 if group["eight_bit"] else torch.float32), ops.reference.blocks(width)
+        wanted = {
+            "step": (torch.float32, [k]),
+            "exp_avg": (state, [k, width]),
+            "exp_avg_sq": (state, [k, width]),
+        }
+        if group["eight_bit"]:
+            wanted |= {name: (torch.float32, [k, blocks]) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+        low = base is None and p.dtype != torch.float32
+        if "master" in entry or (low and group["master_weights"]):
+            wanted["master"] = (torch.float32, [k, width])
+        if "relevance" in entry:
+            wanted["relevance"] = (torch.float32, [matrix.shape[0]])
+        if not entry.keys() - {"rows", "relevance"}:
+            wanted = {name: shape for name, shape in wanted.items() if name in entry}  # saved before its first step
+        for name, (dtype, shape) in wanted.items():
+            value = entry.get(name)
+            if value is None:
+                why = f": the weights are {p.dtype} and master_weights is on" if name == "master" else ""
+                raise LeamlError(f"the optimizer state to load lacks {name} for {called}{why}; {remedy}.")
+            if value.dtype != dtype or list(value.shape) != shape:
+                raise LeamlError(
+                    f"the optimizer state to load has {name} as {value.dtype} {list(value.shape)} for {called}, "
+                    f"wanted {dtype} {shape}: it was saved with another selection or from another model; {remedy}."
+                )
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's states (moments, step counters, scales, master rows, row indices)."""

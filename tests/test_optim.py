@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from leaml_plugin import LeamlError, RelevanceScorer, SparseAdamW
+from leaml_plugin import LeamlError, RelevanceScorer, Selection, SparseAdamW, attach
 
 ROWS = torch.tensor([1, 4, 5, 9])
 
@@ -461,3 +461,103 @@ def test_state_of_another_selection_is_refused():
     q = weight(torch.float32, 5, 7)
     with pytest.raises(LeamlError, match="another selection"):
         SparseAdamW([q]).load_state_dict(optimizer.state_dict())
+
+
+def stepped(dtype=torch.float32, **options) -> SparseAdamW:
+    p = weight(dtype)
+    optimizer = sparse(p, relevance="fisher", **options)
+    p.grad = gradient(0).to(dtype)
+    optimizer.step()
+    return optimizer
+
+
+def refusals():
+    """What is changed in a good saved state, for which optimizer, and what the refusal says of it."""
+    state = "wanted torch.float32 [4, 7]"
+
+    def entry(**changes):
+        return lambda saved: saved.update(changes)
+
+    def without(name):
+        return lambda saved: saved.pop(name)
+
+    return {
+        "row beyond": ({}, entry(rows=torch.tensor([1, 4, 5, 12])), "row 12 is out of range: the parameter has 12"),
+        "row below": ({}, entry(rows=torch.tensor([-1, 4, 5, 9])), "row -1 is out of range"),
+        "row twice": ({}, entry(rows=torch.tensor([1, 1, 5, 9])), "rows lists a row twice"),
+        "rows unsorted": ({}, entry(rows=ROWS.flip(0)), "do not ascend"),
+        "rows of floats": ({}, entry(rows=ROWS.float()), "rows must be a 1-D integer tensor"),
+        "fewer rows": ({}, entry(rows=ROWS[:3]), "has step as torch.float32 [4]"),
+        "step": ({}, entry(step=torch.ones(3)), "has step as torch.float32 [3]"),
+        "one step": ({}, entry(step=torch.tensor(1.0)), "wanted torch.float32 [4]"),
+        "exp_avg": ({}, entry(exp_avg=torch.zeros(4, 6)), state),
+        "exp_avg_sq": ({}, entry(exp_avg_sq=torch.zeros(3, 7)), state),
+        "fp16 state": ({}, entry(exp_avg_sq=torch.zeros(4, 7).half()), "exp_avg_sq as torch.float16 [4, 7]"),
+        "no exp_avg_sq": ({}, without("exp_avg_sq"), "lacks exp_avg_sq"),
+        "no step": ({}, without("step"), "lacks step"),
+        "a number as step": ({}, entry(step=3), "lacks step"),
+        "relevance": ({}, entry(relevance=torch.zeros(4)), "wanted torch.float32 [12]"),
+        "scale": ({"eight_bit": True}, entry(exp_avg_sq_scale=torch.zeros(4, 2)), "wanted torch.float32 [4, 1]"),
+        "no scale": ({"eight_bit": True}, without("exp_avg_scale"), "lacks exp_avg_scale"),
+        "codes in fp32": ({"eight_bit": True}, entry(exp_avg=torch.zeros(4, 7)), "wanted torch.uint8 [4, 7]"),
+        "master": ({"dtype": torch.bfloat16}, entry(master=torch.zeros(3, 7)), state),
+        "no master": ({"dtype": torch.bfloat16}, without("master"), "are torch.bfloat16 and master_weights is on"),
+        "no rows": ({}, without("rows"), "no selected rows"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(refusals()))
+def test_a_saved_state_that_does_not_fit_is_refused_whole(case):
+    """The parameter and the remedy are named, and the optimizer is as it was, also where an earlier parameter fits."""
+    options, change, sentence = refusals()[case]
+    optimizer, other = stepped(**options), stepped(**options)
+    for o in (optimizer, other):
+        q = weight(options.get("dtype", torch.float32))
+        o.add_param_group({"params": [q], "rows": [ROWS]})
+        q.grad = gradient(1).to(q.dtype)
+        o.step()
+    saved = copy.deepcopy(other.state_dict())
+    saved["param_groups"][0]["lr"] = 7.0
+    saved["state"][0]["step"] += 40
+    change(saved["state"][1])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(LeamlError) as caught:
+        optimizer.load_state_dict(saved)
+    assert sentence in str(caught.value) and "parameter 0 of group 1 ([12, 7])" in str(caught.value)
+    assert case == "no rows" or "or start with a new state" in str(caught.value)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        assert entry.keys() == after["state"][key].keys()
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in entry.items())
+
+
+def test_a_refusal_uses_the_names_of_named_parameters():
+    model = nn.Linear(7, 12, bias=False)
+    optimizer = SparseAdamW(model.named_parameters())
+    model.weight.grad = gradient(0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(3, 7)
+    with pytest.raises(LeamlError, match=r"for parameter weight \(\[12, 7\]\)"):
+        SparseAdamW(model.named_parameters()).load_state_dict(saved)
+
+
+def test_rows_are_not_loaded_into_compact_parameters():
+    net = nn.Sequential(nn.Linear(7, 12, bias=False))
+    handle = attach(net, Selection({"0": ROWS}))
+    (p,) = handle.parameters()
+    optimizer = SparseAdamW([p], lr=0.1)
+    p.grad = gradient(0)[ROWS]
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["rows"] = torch.arange(4)
+    with pytest.raises(LeamlError, match="compact already"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_state_saved_before_the_first_step_loads():
+    p, q = weight(torch.bfloat16), weight(torch.bfloat16)
+    fresh = SparseAdamW([{"params": [q], "rows": [ROWS]}])
+    fresh.load_state_dict(SparseAdamW([{"params": [p], "rows": [ROWS[:2]]}]).state_dict())
+    assert torch.equal(fresh.state[q]["rows"], ROWS[:2])
