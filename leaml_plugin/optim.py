@@ -193,7 +193,7 @@ class SparseAdamW(torch.optim.Optimizer):
     ) -> None:
         state = [self._state(p, group) for p in params]
         targets, rows, grads, masters, relevance = [], [], [], [], []
-        no_master = torch.empty(0, device=device)
+        no_master = torch.empty(0, dtype=torch.float32, device=device)
         for p, s in zip(params, state):
             base: BaseRows | None = getattr(p, "leaml_base", None)
             if base is not None:
@@ -207,7 +207,9 @@ class SparseAdamW(torch.optim.Optimizer):
                 grads.append(_matrix(p.grad))
                 masters.append(s.get("master", no_master))
                 if with_relevance:
-                    relevance.append(s.setdefault("relevance", torch.zeros(targets[-1].shape[0], device=device)))
+                    if "relevance" not in s:
+                        s["relevance"] = torch.zeros(targets[-1].shape[0], dtype=torch.float32, device=device)
+                    relevance.append(s["relevance"])
         scales = None
         if group["eight_bit"]:
             scales = ([s["exp_avg_scale"] for s in state], [s["exp_avg_sq_scale"] for s in state])
@@ -315,7 +317,10 @@ class SparseAdamW(torch.optim.Optimizer):
         """Relevance ``[out]`` (fp32) of all rows of ``p`` accumulated since the last :meth:`reselect`."""
         if self.relevance_criterion is None:
             raise LeamlError("SparseAdamW was made without relevance=...; it accumulates none.")
-        return self.state[p].get("relevance", torch.zeros(p.shape[0], device=p.device))
+        state = self.state.get(p, {})
+        if "relevance" in state:
+            return state["relevance"]
+        return torch.zeros(_matrix(p.detach()).shape[0], dtype=torch.float32, device=p.device)
 
     @torch.no_grad()
     def reselect(self, rows: Mapping[nn.Parameter, Tensor]) -> None:

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leaml_plugin import LeamlError, RelevanceScorer, Selection, SparseAdamW, attach
 
@@ -433,6 +434,50 @@ def test_relevance_rides_along_with_the_step():
     assert riding.relevance(p).count_nonzero() == 0
     with pytest.raises(LeamlError, match="relevance="):
         plain.relevance(q)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_and_relevance_are_fp32_under_any_default_dtype(default, dtype):
+    torch.set_default_dtype(default)
+    try:
+        p = weight(dtype)
+        optimizer = SparseAdamW([p], relevance="fisher", max_grad_norm=1.0)
+        before = optimizer.relevance(p)
+        for step in range(2):
+            p.grad = gradient(step).to(dtype)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert before.dtype == optimizer.relevance(p).dtype == optimizer.grad_norm.dtype == torch.float32
+    assert before.shape == optimizer.relevance(p).shape == (12,) and optimizer.relevance(p).gt(0).all()
+    assert {v.dtype for v in optimizer.state[p].values()} == {torch.float32}
+
+
+def test_asking_for_relevance_makes_no_state():
+    p = weight()
+    optimizer = SparseAdamW([p], relevance="fisher")
+    assert optimizer.relevance(p).count_nonzero() == 0
+    assert p not in optimizer.state
+
+
+def test_a_later_step_allocates_no_scores():
+    class Zeros(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.made += function.overloadpacket is torch.ops.aten.zeros
+            return function(*args, **(kwargs or {}))
+
+    p = weight()
+    optimizer = sparse(p, relevance="fisher")
+    counts = []
+    for step in range(3):
+        p.grad = gradient(step)
+        with Zeros() as zeros:
+            optimizer.step()
+        counts.append(zeros.made)
+    assert counts[0] > 0 and counts[1:] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,17 @@ def test_the_squared_norm_is_that_of_the_last_micro_batch(net, gradients, granul
     assert scorer.squared_norm is None
 
 
+def test_scores_are_fp32_under_any_default_dtype(net):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with RelevanceScorer(linears(net)) as scorer:
+            loss_of(net, batches()[0].float()).backward()
+            scorer.accumulate()
+        assert {s.dtype for s in scorer.scores().scores.values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("criterion", list(ops.CRITERIA))
 @pytest.mark.parametrize("gradients", ["free", "keep", "stream"])
 def test_scores_are_the_sum_of_each_micro_batch(net, criterion, gradients):
