@@ -101,6 +101,20 @@ def test_a_compact_gradient_cannot_give_relevance():
         ops.relevance_sparse_adamw_(*lists, [torch.zeros(8)], **options)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_one_out_for_two_weights_is_refused_before_anything_moves(backend):
+    problem = make_problem([(8, 40), (8, 3)])
+    before, out = problem.copy(), torch.zeros(8)
+    lists, options = problem.arguments()
+    with (
+        ops.use_backend(backend),
+        pytest.raises(ValueError, match="out 1: wanted memory of its own, got that of out 0"),
+    ):
+        ops.relevance_sparse_adamw_(*lists, [out, out], **options)
+    assert out.count_nonzero() == 0
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
+
+
 def test_the_squared_norm_clips_as_clip_grad_norm_does():
     params = [torch.randn(30, 40), torch.randn(17)]
     grads = [torch.randn(30, 40), torch.randn(17)]

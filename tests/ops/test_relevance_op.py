@@ -204,6 +204,29 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert all(torch.equal(same[0][0], o) and torch.equal(same[0][1], n) for o, n in same)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("many", [False, True])
+def test_one_out_for_two_weights_is_refused(backend, many):
+    """Two threads would add to it at once; what slots= joins is one tensor once, and empty tensors are nobody's."""
+    count = 40 if many else 2
+    weights = [torch.ones(4, 3)] * count
+    shared = torch.zeros(4)
+    out = [torch.zeros(4) for _ in range(count - 1)] + [shared]
+    out[0] = shared
+    message = f"out {count - 1}: wanted memory of its own, got that of out 0; weights of the same .* slots="
+    with ops.use_backend(backend):
+        with pytest.raises(ValueError, match=message):
+            ops.neuron_relevance_(weights, weights, out)
+        assert all(o.count_nonzero() == 0 for o in out)
+        ops.neuron_relevance_(weights, weights, [shared], slots=[0] * count)
+        assert shared.tolist() == [3.0 * count] * 4
+        empty = torch.zeros(0)
+        ops.neuron_relevance_([torch.ones(0, 3)] * 2, [torch.ones(0, 3)] * 2, [empty, empty])
+    operator = torch.ops.leaml.neuron_relevance_ if backend == "native" else reference.neuron_relevance_
+    with pytest.raises(RuntimeError, match=message):
+        operator(weights, weights, [o.unsqueeze(0) for o in out], [0], [0] * count, list(range(count)), None, None)
+
+
 def test_empty_list():
     assert ops.neuron_relevance_([], [], []).item() == 0.0
 
