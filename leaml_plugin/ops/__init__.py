@@ -6,7 +6,8 @@ one call, and runs on compiled CPU or CUDA code where that was built and on the 
 Does not cover: finding a model's layers, saving scores (``leaml_plugin.selection``), the optimizer class
 (``leaml_plugin.optim``).
 
-Importing this module imports torch; it builds nothing and loads nothing before the first call.
+Importing this module imports torch; it builds nothing and loads nothing before the first call, be it of a function
+here or of ``torch.ops.leaml.*``.
 
 Common rules
 ------------

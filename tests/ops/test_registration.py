@@ -106,6 +106,58 @@ def test_without_a_build_the_twins_run_and_say_so_once():
     assert result.returncode == 0, result.stderr
 
 
+RAW_CALLS = """
+import os, warnings, torch
+from leaml_plugin import ops
+from leaml_plugin.ops import _loader, reference
+warnings.simplefilter("error")
+asked = []
+for name in ("neuron_relevance_", "select_top", "sparse_adamw_", "relevance_sparse_adamw_"):
+    twin = getattr(reference, name)
+    setattr(reference, name, lambda *a, name=name, twin=twin, **kw: asked.append(name) or twin(*a, **kw))
+assert not _loader.loaded(torch.device("cpu"))  # the import is as quick as before
+w, rows, state = torch.ones(2, 3), torch.tensor([1]), lambda: torch.zeros(1, 3)
+lists = lambda: ([w.clone()], [rows], [w], [state()], [state()], [torch.zeros(1)], [], [], [])
+tail = (None, None, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, 0)
+calls = {
+    "neuron_relevance_": lambda op: op([w], [w], [torch.zeros(1, 2)], [0], [0], [0], None, None),
+    "select_top": lambda op: op([torch.ones(3)], [0], [1]),
+    "sparse_adamw_": lambda op: op(*lists(), *tail),
+    "relevance_sparse_adamw_": lambda op: op(*lists(), [torch.zeros(1, 2)], [0], *tail),
+}
+for name, call in calls.items():
+    if child := os.fork():  # each is the first call of its process
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, name
+        continue
+    for _ in range(2):
+        call(getattr(torch.ops.leaml, name))
+    if os.environ["LEAML_OPS"] == "reference":
+        assert asked.count(name) == 2 and not _loader._outcome, asked
+    else:
+        assert asked == [], asked
+        assert _loader._outcome == {"cpu": None}  # the CUDA library waits for a CUDA tensor
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_the_first_raw_call_runs_what_a_wrapper_would(choice, native):
+    """Compiled code, though no wrapper has loaded it; a user's warning filter has nothing to say."""
+    result = run(RAW_CALLS, LEAML_OPS=choice)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_raw_call_misses_the_library_that_was_asked_for():
+    missing = """
+        from pathlib import Path
+        from leaml_plugin.ops import _loader
+        _loader.LIBRARIES["cpu"] = Path("nowhere/_C.abi3.so")
+        import torch
+        torch.ops.leaml.select_top([torch.ones(3)], [0], [1])
+    """
+    assert "LEAML_OPS=native, but _C.abi3.so was not built" in run(missing, LEAML_OPS="native").stderr
+
+
 def test_a_broken_library_is_reported_with_its_cause(tmp_path):
     broken = tmp_path / "_C.abi3.so"
     broken.write_bytes(b"not a library" * 100)  # shorter than an ELF header it would be "file too short"
