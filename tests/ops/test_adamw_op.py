@@ -224,13 +224,25 @@ def test_nan_has_the_same_bits_in_every_path(dtype, master):
     assert len(seen) == 1
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+THREADED = {
+    "packed": {"eight_bit": True, "stochastic_rounding": True},
+    "masters": {"master": True},
+    "compact": {"compact": True, "stochastic_rounding": True},
+    "columns": {"layout": "transposed", "eight_bit": True, "stochastic_rounding": True},
+    "columns, masters": {"layout": "transposed", "master": True},
+    "columns, compact": {"layout": "transposed", "compact": True, "grad_layout": "contiguous"},
+    "strided": {"layout": "every_other", "grad_layout": "padded"},
+}
+
+
+@pytest.mark.parametrize("case", list(THREADED))
+def test_results_do_not_depend_on_the_number_of_threads(case):
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            problem = make_problem([(300, 700)] * 3, torch.bfloat16, eight_bit=True, stochastic_rounding=True)
+            problem = make_problem([(300, 700)] * 3, torch.bfloat16, **THREADED[case])
             for _ in range(3):
                 problem.step("native")
             results.append(problem.tensors())

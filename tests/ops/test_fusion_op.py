@@ -98,14 +98,19 @@ def test_found_inf_stops_both_parts():
     assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize(
+    "kind",
+    [{"stochastic_rounding": True}, {"master": True}, {"layout": "transposed", "eight_bit": True}],
+    ids=["stochastic", "masters", "columns"],
+)
+def test_results_do_not_depend_on_the_number_of_threads(kind):
     """Items of several rows and of one: rows of 1.2 MB are more than half of what an item may hold."""
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            problem = make_problem([(600, 1500), (4, 300_000)], torch.float16, stochastic_rounding=True)
+            problem = make_problem([(600, 1500), (4, 300_000)], torch.float16, **kind)
             out = [torch.zeros(4, 600), torch.zeros(4, 4)]
             lists, options = problem.arguments()
             norm = ops.relevance_sparse_adamw_(*lists, out, criteria=ALL, **options)

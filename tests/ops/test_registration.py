@@ -25,16 +25,55 @@ def samples():
     one = torch.tensor([1.0])
     packed_lists, options = packed.arguments()
     packed_scales = options["scales"]
+    mastered = make_problem([(6, 40)], torch.bfloat16, density=0.5, master=True)
+    columns = make_problem([(6, 40)], torch.float16, density=0.5, layout="transposed", master=True)
+    rounded = make_problem([(6, 40), (5, 1)], torch.bfloat16, torch.float32, density=0.5)
+    by_chance = (*tail[:-2], True, 9)
+
+    def lists_and_masters(problem):
+        lists, options = problem.arguments()
+        return (*lists, [], [], options.get("masters", []))
+
+    ffn_weights, dims, slots = ops.ffn_parts([[random_matrix(s, torch.float32, "contiguous", i) for i, s in
+                                               enumerate(((6, 8), (6, 8), (8, 6)))]] * 2)  # fmt: skip
     half_tail = (one * 1e-3, one, one, one * 0, 0.0, 0.9, 0.999, 1e-8, 0.01, True, True, 5)
     return {
         "relevance": ("neuron_relevance_", ([w], [g], [torch.zeros(2, 6)], [0, 3], [0], [0], None, None)),
         "relevance_columns": ("neuron_relevance_", ([w], [g], [torch.zeros(1, 40)], [1], [1], [0], one, one * 0)),
+        "relevance_ffn": (
+            "neuron_relevance_",
+            (
+                ffn_weights,
+                [w * 2 for w in ffn_weights],
+                [torch.zeros(1, 6), torch.zeros(1, 6)],
+                [0],
+                dims,
+                slots,
+                None,
+                None,
+            ),
+        ),
         "select": ("select_top", ([torch.randn(9), torch.randn(4)], [0, 0], [3])),
         "adamw": ("sparse_adamw_", (*lists, [], [], [], *tail)),
+        "adamw_masters": ("sparse_adamw_", (*lists_and_masters(mastered), *tail)),
+        "adamw_columns": ("sparse_adamw_", (*lists_and_masters(columns), *tail)),
+        "adamw_stochastic": ("sparse_adamw_", (*lists_and_masters(rounded), *by_chance)),
         "adamw_packed": ("sparse_adamw_", (*packed_lists, *packed_scales, [], *half_tail)),
         "fusion": (
             "relevance_sparse_adamw_",
             (*lists, [], [], [], [torch.zeros(1, 6), torch.zeros(1, 5)], [2], *tail),
+        ),
+        "fusion_masters": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(mastered), [torch.zeros(2, 6)], [0, 3], *tail),
+        ),
+        "fusion_columns": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(columns), [torch.zeros(1, 6)], [1], *tail),
+        ),
+        "fusion_stochastic": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(rounded), [torch.zeros(1, 6), torch.zeros(1, 5)], [0], *by_chance),
         ),
         "weight_grad": ("selected_weight_grad", (torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.tensor([0, 3]))),
     }

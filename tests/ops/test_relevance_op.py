@@ -205,20 +205,26 @@ def test_a_bad_gradient_spoils_its_neuron_only(bad, dtype, backend):
     assert not sqnorm.isfinite()
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    weights = [random_matrix((300, 700), torch.bfloat16, "contiguous", i) for i in range(3)]
-    grads = [random_matrix((300, 700), torch.bfloat16, "contiguous", 9 + i) for i in range(3)]
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every_other"])
+def test_results_do_not_depend_on_the_number_of_threads(layout):
+    weights = [random_matrix((300, 700), torch.bfloat16, layout, i) for i in range(3)]
+    grads = [random_matrix((300, 700), torch.bfloat16, layout, 9 + i) for i in range(3)]
+    square = [random_matrix((400, 400), torch.bfloat16, layout, 20 + i) for i in range(6)]
     results = []
     threads = torch.get_num_threads()
     try:
-        for count, dim in itertools.product((1, 2, 5), (0, 1)):
+        for count, dim in itertools.product((1, 2, 5), (0, 1, "ffn")):
             torch.set_num_threads(count)
-            out = [torch.zeros(4, (300, 700)[dim]) for _ in weights]
-            norm = ops.neuron_relevance_(weights, grads, out, criteria=ALL, dims=dim)
+            if dim == "ffn":
+                out = [torch.zeros(4, 400)]
+                norm = ops.neuron_relevance_(square[:3], square[3:], out, criteria=ALL, dims=[0, 0, 1], slots=[0] * 3)
+            else:
+                out = [torch.zeros(4, (300, 700)[dim]) for _ in weights]
+                norm = ops.neuron_relevance_(weights, grads, out, criteria=ALL, dims=dim)
             results.append((dim, torch.cat(out, 1), norm))
     finally:
         torch.set_num_threads(threads)
-    for dim in (0, 1):
+    for dim in (0, 1, "ffn"):
         same = [(o, n) for d, o, n in results if d == dim]
         assert same[0][0].gt(0).all()
         assert all(torch.equal(same[0][0], o) and torch.equal(same[0][1], n) for o, n in same)
