@@ -10,9 +10,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "numerics.h"
@@ -115,6 +117,15 @@ inline std::vector<Output> outputs_of(const Tensors& out, const std::vector<int6
                     t.dim() == 2 ? t.size(0) : 0);
     result.push_back({static_cast<float*>(t.data_ptr()), t.size(1), t.stride(0), t.stride(1)});
   }
+  // two outs in one place would be added to by two threads at once
+  std::vector<std::pair<const float*, size_t>> places;
+  for (size_t j = 0; j < out.size(); ++j)
+    if (result[j].neurons > 0) places.push_back({result[j].data, j});
+  std::sort(places.begin(), places.end());
+  for (size_t j = 1; j < places.size(); ++j)
+    STD_TORCH_CHECK(places[j].first != places[j - 1].first, "out ", places[j].second,
+                    ": wanted memory of its own, got that of out ", places[j - 1].second,
+                    "; weights of the same neurons share one out through slots=");
   return result;
 }
 

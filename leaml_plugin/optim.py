@@ -75,8 +75,9 @@ class SparseAdamW(torch.optim.Optimizer):
         lr: a number or a one-element tensor, read on the device.
         betas, eps, weight_decay, maximize: as ``torch.optim.AdamW``.
         max_grad_norm: clip the gradients of all parameters together to this L2 norm inside the step, without
-            writing them; ``grad_norm`` then holds the norm before clipping (device scalar). None leaves clipping to
-            the caller (``torch.nn.utils.clip_grad_norm_`` works as usual).
+            writing them; ``grad_norm`` then holds the norm before clipping (fp32 device scalar). The norm is taken in
+            fp32 whatever the gradients' dtype, and costs a read of them unless :meth:`use_squared_norm` gives it.
+            None leaves clipping to the caller (``torch.nn.utils.clip_grad_norm_`` works as usual).
         eight_bit: states as block-wise 8-bit codes, 2 bytes a weight in place of 8.
         master_weights, seed: see above; handles always have masters.
         relevance: a criterion of ``ops.CRITERIA``: every step also adds the relevance of all rows of whole
@@ -92,6 +93,7 @@ class SparseAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf for step()
+    _squared_norm: tuple[Tensor, bool] | None = None  # what use_squared_norm() gave for the next step
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class SparseAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles the groups, their defaults and the states only
         own = {name: getattr(self, name) for name in ("max_grad_norm", "relevance_criterion", "grad_norm")}
-        return {**super().__getstate__(), **own, "_every_row": {}}
+        return {**super().__getstate__(), **own, "_every_row": {}, "_squared_norm": None}
 
     # -- the step
 
@@ -155,6 +157,7 @@ class SparseAdamW(torch.optim.Optimizer):
         """One step of every parameter that has a gradient. ``closure`` as in ``torch.optim``."""
         loss = None
         if closure is not None:
+            self._squared_norm = None  # the closure makes other gradients than those that it was the norm of
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -190,7 +193,7 @@ class SparseAdamW(torch.optim.Optimizer):
     ) -> None:
         state = [self._state(p, group) for p in params]
         targets, rows, grads, masters, relevance = [], [], [], [], []
-        no_master = torch.empty(0, device=device)
+        no_master = torch.empty(0, dtype=torch.float32, device=device)
         for p, s in zip(params, state):
             base: BaseRows | None = getattr(p, "leaml_base", None)
             if base is not None:
@@ -204,7 +207,9 @@ class SparseAdamW(torch.optim.Optimizer):
                 grads.append(_matrix(p.grad))
                 masters.append(s.get("master", no_master))
                 if with_relevance:
-                    relevance.append(s.setdefault("relevance", torch.zeros(targets[-1].shape[0], device=device)))
+                    if "relevance" not in s:
+                        s["relevance"] = torch.zeros(targets[-1].shape[0], dtype=torch.float32, device=device)
+                    relevance.append(s["relevance"])
         scales = None
         if group["eight_bit"]:
             scales = ([s["exp_avg_scale"] for s in state], [s["exp_avg_sq_scale"] for s in state])
@@ -261,14 +266,49 @@ class SparseAdamW(torch.optim.Optimizer):
             self._every_row[key] = torch.arange(matrix.shape[0], device=matrix.device)
         return self._every_row[key]
 
+    def use_squared_norm(self, squared_norm: Tensor, *, unscaled: bool = False) -> None:
+        """Clip the next step by a norm that is known already, so that it does not read the gradients for it.
+
+        A relevance pass over the same gradients knows it: ``RelevanceScorer(..., gradients="keep").squared_norm``, or
+        what ``ops.neuron_relevance_`` returns. Consumed by the next :meth:`step` (one that ``GradScaler`` skips too)
+        and forgotten by :meth:`zero_grad`; every other step takes the norm itself. With a closure, call it inside.
+
+        Args:
+            squared_norm: floating point, one element, on any device: the squared L2 norm of the gradients of *all*
+                parameters that the step moves, before clipping. It is read on its device, without synchronising.
+            unscaled: True where it has been divided by ``GradScaler``'s squared scale (``neuron_relevance_`` was given
+                ``grad_scale``); False where it is that of the gradients as they lie.
+
+        Raises:
+            LeamlError: the optimizer was made without ``max_grad_norm``, or ``squared_norm`` is not one number.
+        """
+        if self.max_grad_norm is None:
+            raise LeamlError("use_squared_norm: SparseAdamW was made without max_grad_norm=..., so it clips nothing.")
+        if not isinstance(squared_norm, Tensor) or squared_norm.numel() != 1 or not squared_norm.is_floating_point():
+            got = squared_norm
+            if isinstance(got, Tensor):
+                got = f"{got.dtype} of shape {list(got.shape)}"
+            raise LeamlError(f"use_squared_norm: wanted a floating-point tensor of one element, got {got}.")
+        self._squared_norm = squared_norm.detach().reshape(()).to(torch.float32), unscaled
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer``."""
+        self._squared_norm = None
+        super().zero_grad(set_to_none)
+
     def _clip(self, grad_scale: Tensor | None) -> Tensor | None:
+        given, self._squared_norm = self._squared_norm, None
         if self.max_grad_norm is None:
             return None
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
-        if not grads:
-            return None
-        norm = nn.utils.get_total_norm(grads).float()
-        self.grad_norm = norm if grad_scale is None else norm / grad_scale.to(norm.device)
+        unscaled = False
+        if given is not None:
+            norm, unscaled = given[0].sqrt(), given[1]
+        else:
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+            if not grads:
+                return None
+            norm = _total_norm(grads)
+        self.grad_norm = norm if grad_scale is None or unscaled else norm / grad_scale.to(norm.device)
         return ops.clip_coefficient(self.grad_norm.square(), self.max_grad_norm)
 
     # -- selection that follows training
@@ -277,7 +317,10 @@ class SparseAdamW(torch.optim.Optimizer):
         """Relevance ``[out]`` (fp32) of all rows of ``p`` accumulated since the last :meth:`reselect`."""
         if self.relevance_criterion is None:
             raise LeamlError("SparseAdamW was made without relevance=...; it accumulates none.")
-        return self.state[p].get("relevance", torch.zeros(p.shape[0], device=p.device))
+        state = self.state.get(p, {})
+        if "relevance" in state:
+            return state["relevance"]
+        return torch.zeros(_matrix(p.detach()).shape[0], dtype=torch.float32, device=p.device)
 
     @torch.no_grad()
     def reselect(self, rows: Mapping[nn.Parameter, Tensor]) -> None:
@@ -321,6 +364,10 @@ class SparseAdamW(torch.optim.Optimizer):
         """As ``torch.optim.Optimizer``; states keep the dtype they were saved in (fp32 beside bf16 weights, codes).
 
         Selected rows are part of the state, so a run that changed its selection resumes with the changed one.
+
+        Raises:
+            LeamlError: a state that does not fit its parameter, naming it; ValueError: groups of other sizes. The
+                optimizer is then as it was.
         """
         if any("eight_bit" not in group for group in state_dict["param_groups"]):
             raise LeamlError(
@@ -331,32 +378,67 @@ class SparseAdamW(torch.optim.Optimizer):
             key: {name: v for name, v in entry.items() if isinstance(v, Tensor)}
             for key, entry in state_dict["state"].items()
         }
-        order = [p for group in self.param_groups for p in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, p in zip(keys, order):
-            if "rows" in self.state.get(p, {}) and "rows" not in saved.get(key, {}):
-                raise LeamlError(
-                    "the optimizer state to load has no selected rows for a parameter that was given with rows: "
-                    "loading it would train all of them."
-                )
+        pairs = []
+        for number, (group, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            for i, (p, key) in enumerate(zip(group["params"], theirs["params"])):
+                pairs.append((p, key))
+                called = group["param_names"][i] if "param_names" in group else f"{i} of group {number}"
+                self._check_saved(p, saved.get(key, {}), theirs, f"parameter {called} ({list(p.shape)})")
         super().load_state_dict(state_dict)
-        for key, p in zip(keys, order):
+        self._squared_norm = None
+        for p, key in pairs:
             for name, value in saved.get(key, {}).items():
                 self.state[p][name] = value.detach().to(device=p.device, copy=True)
-            self._check_state(p)
 
-    def _check_state(self, p: nn.Parameter) -> None:
-        state = self.state.get(p, {})
-        if "step" not in state:
-            return
+    def _check_saved(self, p: nn.Parameter, entry: dict[str, Tensor], group: dict[str, Any], called: str) -> None:
+        """Refuse a saved ``entry`` that ``p`` cannot be stepped with under the saved settings ``group``."""
         base: BaseRows | None = getattr(p, "leaml_base", None)
-        k = len(state["rows"]) if "rows" in state else len(base.index) if base is not None else _matrix(p).shape[0]
-        wanted = [k, _matrix(p).shape[1]]
-        if list(state["exp_avg"].shape) != wanted:
+        if "rows" in self.state.get(p, {}) and "rows" not in entry:
             raise LeamlError(
-                f"the optimizer state to load is for {list(state['exp_avg'].shape)} weights, the parameter has "
-                f"{wanted} selected: it was saved with another selection."
+                f"the optimizer state to load has no selected rows for {called}, which was given with rows: loading it "
+                "would train all of them; give the parameter without rows, or make the state anew."
             )
+        remedy = "load it into an optimizer over the parameters that it was saved from, or start with a new state"
+        matrix = _matrix(p.detach())
+        k, width = len(base.index) if base is not None else matrix.shape[0], matrix.shape[1]
+        if "rows" in entry:
+            if base is not None:
+                raise LeamlError(
+                    f"the optimizer state to load has row indices for {called}, which is compact already "
+                    f"(leaml_plugin.attach): {remedy}."
+                )
+            try:
+                rows = _checked_rows(p.detach(), entry["rows"])
+            except LeamlError as error:
+                raise LeamlError(f"the optimizer state to load does not fit {called}: {error} {remedy}.") from error
+            if not torch.equal(rows, entry["rows"].to(rows)):  # the states lie in the order of their rows
+                raise LeamlError(f"the optimizer state to load has rows of {called} that do not ascend: {remedy}.")
+            k = len(rows)
+        state, blocks = (torch.uint8 if group["eight_bit"] else torch.float32), ops.reference.blocks(width)
+        wanted = {
+            "step": (torch.float32, [k]),
+            "exp_avg": (state, [k, width]),
+            "exp_avg_sq": (state, [k, width]),
+        }
+        if group["eight_bit"]:
+            wanted |= {name: (torch.float32, [k, blocks]) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+        low = base is None and p.dtype != torch.float32
+        if "master" in entry or (low and group["master_weights"]):
+            wanted["master"] = (torch.float32, [k, width])
+        if "relevance" in entry:
+            wanted["relevance"] = (torch.float32, [matrix.shape[0]])
+        if not entry.keys() - {"rows", "relevance"}:
+            wanted = {name: shape for name, shape in wanted.items() if name in entry}  # saved before its first step
+        for name, (dtype, shape) in wanted.items():
+            value = entry.get(name)
+            if value is None:
+                why = f": the weights are {p.dtype} and master_weights is on" if name == "master" else ""
+                raise LeamlError(f"the optimizer state to load lacks {name} for {called}{why}; {remedy}.")
+            if value.dtype != dtype or list(value.shape) != shape:
+                raise LeamlError(
+                    f"the optimizer state to load has {name} as {value.dtype} {list(value.shape)} for {called}, "
+                    f"wanted {dtype} {shape}: it was saved with another selection or from another model; {remedy}."
+                )
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's states (moments, step counters, scales, master rows, row indices)."""
@@ -383,6 +465,27 @@ def _rows_of_group(params: list[nn.Parameter], rows: Any) -> list[Tensor | None]
     if len(rows) != len(params):
         raise LeamlError(f"SparseAdamW: {len(params)} parameters but {len(rows)} row lists in one group.")
     return [None if index is None else _checked_rows(p, index) for p, index in zip(params, rows)]
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together, an fp32 scalar on the first one's device; nothing synchronises.
+
+    ``torch.nn.utils.get_total_norm`` takes it in the gradients' dtype: fp16 gradients times a loss scale overflow to a
+    norm of infinity, and so to a step of zero, and bf16 norms have 8 bits.
+    """
+    norms: list[Tensor] = []
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        if grad.device.type == "cpu" and grad.dim() > 1:
+            # row by row: no slower than one reduction, whose running fp32 sums are off by 3e-4 at 10^7 weights
+            inner = min(range(grad.dim()), key=lambda d: (grad.stride(d), -d))
+            rows = torch.linalg.vector_norm(grad, dim=inner, dtype=torch.float32)
+            norms.append(torch.linalg.vector_norm(rows))
+        else:
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)  # one launch for each
+    for some in alike.values():
+        norms += torch._foreach_norm(some, 2.0, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
 
 
 def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:

@@ -291,6 +291,11 @@ class RelevanceScorer:
 
     NaN or infinite gradients make the neuron's score NaN or infinite; :func:`select` refuses such scores.
 
+    The pass over the gradients also gives their norm, so that clipping need not read them again: ``squared_norm`` is
+    the squared L2 norm (fp32 device scalar) of the gradients that the last :meth:`accumulate` scored, those of the
+    weights in ``linears`` and of that micro-batch only; None before the first. Where the optimizer's parameters are
+    these weights: ``optimizer.use_squared_norm(scorer.squared_norm)`` (:class:`leaml_plugin.SparseAdamW`).
+
     Raises :class:`LeamlError` for weights that are not floating point (quantised bases give no weight gradient),
     unknown names and options.
     """
@@ -317,6 +322,8 @@ class RelevanceScorer:
             raise LeamlError("no Linear layer to score: the target pattern matched nothing.")
         self.granularity, self.gradients = granularity, gradients
         self.micro_batches = 0
+        self.squared_norm: Tensor | None = None
+        self._norms: list[Tensor] = []  # of the parts of this micro-batch, scored since the last accumulate()
         self._groups = _name_groups(groups, linears) if granularity == "ffn" else {}
         used = {part for parts in self._groups.values() for part in parts} if self._groups else set(linears)
         self._modules = {name: m for name, m in linears.items() if name in used}
@@ -332,7 +339,9 @@ class RelevanceScorer:
         self._parts = self._groups or {name: (name,) for name in self._modules}
         self._key_of = {part: key for key, parts in self._parts.items() for part in parts}
         self._scores = {
-            key: torch.zeros(len(self.criteria), linear_shape(first)[0], device=first.weight.device)
+            key: torch.zeros(
+                len(self.criteria), linear_shape(first)[0], dtype=torch.float32, device=first.weight.device
+            )
             for key, first in ((key, linears[parts[0]]) for key, parts in self._parts.items())
         }
         self._seen: set[str] = set()
@@ -396,7 +405,7 @@ class RelevanceScorer:
                         weights.append(self._modules[part].weight)
                         dims.append(self._axis(part))
                         slots.append(slot)
-            ops.neuron_relevance_(
+            norm = ops.neuron_relevance_(
                 [w.detach() for w in weights],
                 [w.grad for w in weights],
                 [self._scores[key] for key in same],
@@ -405,6 +414,7 @@ class RelevanceScorer:
                 slots=slots,
             )
             self._seen.update(same)
+            self._norms.append(norm)
 
     def _grad(self, name: str) -> Tensor | None:
         return self._modules[name].weight.grad
@@ -430,6 +440,8 @@ class RelevanceScorer:
             )
         self._seen.clear()
         self.micro_batches += 1
+        self.squared_norm = torch.stack([norm.to(self._norms[0].device) for norm in self._norms]).sum()
+        self._norms.clear()
 
     # -- results
 
@@ -463,11 +475,13 @@ class RelevanceScorer:
         )
 
     def reset(self) -> None:
-        """Forget all scores and the micro-batch count."""
+        """Forget all scores, the micro-batch count and the norm."""
         for s in self._scores.values():
             s.zero_()
         self.micro_batches = 0
+        self.squared_norm = None
         self._seen.clear()
+        self._norms.clear()
 
     def _axis(self, name: str) -> int:
         """The axis of the stored weight along which the neurons lie."""

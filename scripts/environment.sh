@@ -31,6 +31,18 @@ if [ "$(cat "$VENV/.leaml-packages" 2>/dev/null)" != "$packages" ]; then
 fi
 if [ "$(cat "$VENV/.leaml-extension" 2>/dev/null)" != "$extension" ]; then
     echo "leaml: building the extension and installing this checkout into $VENV"
-    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-    echo "$extension" > "$VENV/.leaml-extension"
+    log="$VENV/.leaml-build.log"
+    "$VENV/bin/pip" install --verbose --disable-pip-version-check --no-build-isolation --no-deps -e . > "$log" 2>&1 || {
+        cat "$log" >&2
+        exit 1
+    }
+    # setup.py only warns where something was not built, and pip hides that
+    grep -E "Warning: .*(reference kernels|leaml doctor)" "$log" >&2 || true
+    compiler=${CXX:-c++}
+    if [ "${LEAML_NATIVE:-1}" != 0 ] && { command -v ${compiler%% *} || command -v g++; } > /dev/null &&
+        { [ ! -e leaml_plugin/_C.abi3.so ] || grep -q "leaml_plugin._C was not built" "$log"; }; then
+        echo "leaml: the compiled CPU kernels are missing, see $log; the next run tries again" >&2
+    else
+        echo "$extension" > "$VENV/.leaml-extension"
+    fi
 fi

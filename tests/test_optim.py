@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from leaml_plugin import LeamlError, SparseAdamW
+from leaml_plugin import LeamlError, RelevanceScorer, Selection, SparseAdamW, attach
 
 ROWS = torch.tensor([1, 4, 5, 9])
 
@@ -209,6 +210,132 @@ def test_clipping_inside_the_step_equals_clip_grad_norm():
     torch.testing.assert_close(q, s)
 
 
+def test_fp16_gradients_times_a_loss_scale_do_not_overflow_the_norm():
+    """Their norm is 10^5 and more, beyond what fp16 holds; the step must be that of the same gradients in fp32."""
+    half = weight(torch.float16)
+    full = nn.Parameter(half.detach().float())
+    ours, exact = sparse(half, eps=1.0, max_grad_norm=0.5), sparse(full, eps=1.0, max_grad_norm=0.5)
+    for step in range(3):
+        half.grad = (gradient(step) / 4).half() * 65536
+        full.grad = half.grad.float() / 65536
+        assert half.grad.isfinite().all() and torch.nn.utils.get_total_norm([half.grad]).isinf()
+        ours.grad_scale, ours.found_inf = torch.tensor([65536.0]), torch.tensor([0.0])  # as GradScaler does
+        ours.step()
+        exact.step()
+        assert ours.grad_norm.dtype == torch.float32
+        torch.testing.assert_close(ours.grad_norm.reshape(()), exact.grad_norm)
+    torch.testing.assert_close(ours.state[half]["master"], full.detach()[ROWS])
+    torch.testing.assert_close(ours.state[half]["exp_avg"], exact.state[full]["exp_avg"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_norm_for_clipping_has_fp32_precision(dtype, transposed):
+    """Of matrices in both memory orders, a vector, a scalar, a convolution in channels-last and an empty matrix."""
+    params, exact = [], 0.0
+    for number, shape in enumerate([(700, 900), (4, 3, 3, 3), (50,), (), (0, 5)]):
+        p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        if transposed and p.dim() == 2:
+            p.grad = p.grad.t().contiguous().t()
+        if transposed and p.dim() == 4:
+            p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+        params.append(p)
+        exact += float(p.grad.double().square().sum())
+    optimizer = SparseAdamW(params, lr=0.0, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm.dtype == torch.float32
+    assert float(optimizer.grad_norm) == pytest.approx(math.sqrt(exact), rel=1e-5)
+
+
+def test_a_norm_that_is_known_is_not_taken_again():
+    """The relevance pass emits it: the same step, for one step only, at no further read of the gradients."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(7, 12, bias=False), nn.Tanh(), nn.Linear(12, 3, bias=False)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [
+        SparseAdamW([{"params": [n[0].weight, n[2].weight], "rows": [ROWS, ROWS[:1]]}], eps=1.0, max_grad_norm=0.05)
+        for n in nets
+    ]
+    linear = {name: m for name, m in nets[0].named_children() if isinstance(m, nn.Linear)}
+    scorer = RelevanceScorer(linear, gradients="keep")
+    for step in range(4):
+        for net, optimizer in zip(nets, optimizers):
+            optimizer.zero_grad()
+            (net(gradient(step)).square().sum() * (1 + step)).backward()
+        if step < 3:
+            scorer.accumulate()
+            optimizers[0].use_squared_norm(scorer.squared_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm)
+        assert float(optimizers[0].grad_norm) > 0.05
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_norm_that_was_given_is_used_once_and_only_for_its_gradients():
+    p = weight()
+    optimizer = sparse(p, max_grad_norm=1.0)
+
+    def norm_of(step, before=lambda: None, closure=None):
+        p.grad = gradient(step)
+        optimizer.use_squared_norm(torch.tensor([16.0], dtype=torch.float64))
+        before()
+        optimizer.step(closure)
+        return float(optimizer.grad_norm)
+
+    measured = float(gradient(0).norm())
+    assert norm_of(0) == 4.0
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(measured)
+    # gradients of another backward pass
+    assert norm_of(0, lambda: (optimizer.zero_grad(), setattr(p, "grad", gradient(0)))) == pytest.approx(measured)
+    assert norm_of(0, closure=lambda: None) == pytest.approx(measured)
+    assert norm_of(0, closure=lambda: optimizer.use_squared_norm(torch.tensor(9.0))) == 3.0
+    # a copy and a scheduler's wrapper around step()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert norm_of(0) == 4.0
+    scheduler.step()
+    optimizer.use_squared_norm(torch.tensor(16.0))
+    twin = copy.deepcopy(optimizer)
+    twin.param_groups[0]["params"][0].grad = gradient(0)
+    twin.step()
+    assert float(twin.grad_norm) == pytest.approx(measured)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_given_norm_under_grad_scaler(unscaled):
+    """A step that the scaler skips has used it up too."""
+    p = weight()
+    optimizer = sparse(p, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for bad in (False, True):
+        p.grad = gradient(0) * 8
+        if bad:
+            p.grad[1, 1] = math.inf
+        optimizer.use_squared_norm(torch.tensor(16.0 if unscaled else 16.0 * 64), unscaled=unscaled)
+        scaler.step(optimizer)
+        assert float(optimizer.grad_norm) == 4.0
+        scaler.update()
+    p.grad = gradient(1) * scaler.get_scale()
+    scaler.step(optimizer)
+    torch.testing.assert_close(optimizer.grad_norm.reshape(()), gradient(1).norm())
+
+
+def test_a_norm_that_cannot_be_used_is_refused():
+    with pytest.raises(LeamlError, match=r"without max_grad_norm"):
+        sparse(weight()).use_squared_norm(torch.tensor(1.0))
+    for wrong, got in (
+        (torch.ones(2), r"torch.float32 of shape \[2\]"),
+        (torch.tensor(1), "torch.int64"),
+        (2.0, "2.0"),
+    ):
+        with pytest.raises(LeamlError, match="wanted a floating-point tensor of one element, got " + got):
+            sparse(weight(), max_grad_norm=1.0).use_squared_norm(wrong)
+
+
 def test_lr_may_be_a_tensor():
     p, q = weight(), weight()
     lr = torch.tensor(0.01)
@@ -309,6 +436,50 @@ def test_relevance_rides_along_with_the_step():
         plain.relevance(q)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_and_relevance_are_fp32_under_any_default_dtype(default, dtype):
+    torch.set_default_dtype(default)
+    try:
+        p = weight(dtype)
+        optimizer = SparseAdamW([p], relevance="fisher", max_grad_norm=1.0)
+        before = optimizer.relevance(p)
+        for step in range(2):
+            p.grad = gradient(step).to(dtype)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert before.dtype == optimizer.relevance(p).dtype == optimizer.grad_norm.dtype == torch.float32
+    assert before.shape == optimizer.relevance(p).shape == (12,) and optimizer.relevance(p).gt(0).all()
+    assert {v.dtype for v in optimizer.state[p].values()} == {torch.float32}
+
+
+def test_asking_for_relevance_makes_no_state():
+    p = weight()
+    optimizer = SparseAdamW([p], relevance="fisher")
+    assert optimizer.relevance(p).count_nonzero() == 0
+    assert p not in optimizer.state
+
+
+def test_a_later_step_allocates_no_scores():
+    class Zeros(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.made += function.overloadpacket is torch.ops.aten.zeros
+            return function(*args, **(kwargs or {}))
+
+    p = weight()
+    optimizer = sparse(p, relevance="fisher")
+    counts = []
+    for step in range(3):
+        p.grad = gradient(step)
+        with Zeros() as zeros:
+            optimizer.step()
+        counts.append(zeros.made)
+    assert counts[0] > 0 and counts[1:] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "make, sentence",
     [
@@ -335,3 +506,103 @@ def test_state_of_another_selection_is_refused():
     q = weight(torch.float32, 5, 7)
     with pytest.raises(LeamlError, match="another selection"):
         SparseAdamW([q]).load_state_dict(optimizer.state_dict())
+
+
+def stepped(dtype=torch.float32, **options) -> SparseAdamW:
+    p = weight(dtype)
+    optimizer = sparse(p, relevance="fisher", **options)
+    p.grad = gradient(0).to(dtype)
+    optimizer.step()
+    return optimizer
+
+
+def refusals():
+    """What is changed in a good saved state, for which optimizer, and what the refusal says of it."""
+    state = "wanted torch.float32 [4, 7]"
+
+    def entry(**changes):
+        return lambda saved: saved.update(changes)
+
+    def without(name):
+        return lambda saved: saved.pop(name)
+
+    return {
+        "row beyond": ({}, entry(rows=torch.tensor([1, 4, 5, 12])), "row 12 is out of range: the parameter has 12"),
+        "row below": ({}, entry(rows=torch.tensor([-1, 4, 5, 9])), "row -1 is out of range"),
+        "row twice": ({}, entry(rows=torch.tensor([1, 1, 5, 9])), "rows lists a row twice"),
+        "rows unsorted": ({}, entry(rows=ROWS.flip(0)), "do not ascend"),
+        "rows of floats": ({}, entry(rows=ROWS.float()), "rows must be a 1-D integer tensor"),
+        "fewer rows": ({}, entry(rows=ROWS[:3]), "has step as torch.float32 [4]"),
+        "step": ({}, entry(step=torch.ones(3)), "has step as torch.float32 [3]"),
+        "one step": ({}, entry(step=torch.tensor(1.0)), "wanted torch.float32 [4]"),
+        "exp_avg": ({}, entry(exp_avg=torch.zeros(4, 6)), state),
+        "exp_avg_sq": ({}, entry(exp_avg_sq=torch.zeros(3, 7)), state),
+        "fp16 state": ({}, entry(exp_avg_sq=torch.zeros(4, 7).half()), "exp_avg_sq as torch.float16 [4, 7]"),
+        "no exp_avg_sq": ({}, without("exp_avg_sq"), "lacks exp_avg_sq"),
+        "no step": ({}, without("step"), "lacks step"),
+        "a number as step": ({}, entry(step=3), "lacks step"),
+        "relevance": ({}, entry(relevance=torch.zeros(4)), "wanted torch.float32 [12]"),
+        "scale": ({"eight_bit": True}, entry(exp_avg_sq_scale=torch.zeros(4, 2)), "wanted torch.float32 [4, 1]"),
+        "no scale": ({"eight_bit": True}, without("exp_avg_scale"), "lacks exp_avg_scale"),
+        "codes in fp32": ({"eight_bit": True}, entry(exp_avg=torch.zeros(4, 7)), "wanted torch.uint8 [4, 7]"),
+        "master": ({"dtype": torch.bfloat16}, entry(master=torch.zeros(3, 7)), state),
+        "no master": ({"dtype": torch.bfloat16}, without("master"), "are torch.bfloat16 and master_weights is on"),
+        "no rows": ({}, without("rows"), "no selected rows"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(refusals()))
+def test_a_saved_state_that_does_not_fit_is_refused_whole(case):
+    """The parameter and the remedy are named, and the optimizer is as it was, also where an earlier parameter fits."""
+    options, change, sentence = refusals()[case]
+    optimizer, other = stepped(**options), stepped(**options)
+    for o in (optimizer, other):
+        q = weight(options.get("dtype", torch.float32))
+        o.add_param_group({"params": [q], "rows": [ROWS]})
+        q.grad = gradient(1).to(q.dtype)
+        o.step()
+    saved = copy.deepcopy(other.state_dict())
+    saved["param_groups"][0]["lr"] = 7.0
+    saved["state"][0]["step"] += 40
+    change(saved["state"][1])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(LeamlError) as caught:
+        optimizer.load_state_dict(saved)
+    assert sentence in str(caught.value) and "parameter 0 of group 1 ([12, 7])" in str(caught.value)
+    assert case == "no rows" or "or start with a new state" in str(caught.value)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        assert entry.keys() == after["state"][key].keys()
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in entry.items())
+
+
+def test_a_refusal_uses_the_names_of_named_parameters():
+    model = nn.Linear(7, 12, bias=False)
+    optimizer = SparseAdamW(model.named_parameters())
+    model.weight.grad = gradient(0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(3, 7)
+    with pytest.raises(LeamlError, match=r"for parameter weight \(\[12, 7\]\)"):
+        SparseAdamW(model.named_parameters()).load_state_dict(saved)
+
+
+def test_rows_are_not_loaded_into_compact_parameters():
+    net = nn.Sequential(nn.Linear(7, 12, bias=False))
+    handle = attach(net, Selection({"0": ROWS}))
+    (p,) = handle.parameters()
+    optimizer = SparseAdamW([p], lr=0.1)
+    p.grad = gradient(0)[ROWS]
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["rows"] = torch.arange(4)
+    with pytest.raises(LeamlError, match="compact already"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_state_saved_before_the_first_step_loads():
+    p, q = weight(torch.bfloat16), weight(torch.bfloat16)
+    fresh = SparseAdamW([{"params": [q], "rows": [ROWS]}])
+    fresh.load_state_dict(SparseAdamW([{"params": [p], "rows": [ROWS[:2]]}]).state_dict())
+    assert torch.equal(fresh.state[q]["rows"], ROWS[:2])

@@ -1,7 +1,9 @@
 """What ends up in the wheel and the sdist, and that the wheel works outside the checkout."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -101,6 +103,38 @@ def installed(built, tmp_path_factory):
     command = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "-q", "--no-deps", str(built[0])]
     subprocess.run(command, check=True)
     return interpreter
+
+
+@pytest.mark.parametrize("built, compiler, stamped", [(True, True, True), (False, True, False), (False, False, True)])
+def test_a_failed_build_is_told_and_tried_again(built, compiler, stamped, tmp_path):
+    """scripts/environment.sh marks the extension as done where it was built, or where nothing can build it."""
+    checkout, tools, venv_bin = tmp_path / "checkout", tmp_path / "tools", tmp_path / "venv" / "bin"
+    for directory in (checkout / "scripts", checkout / "csrc", checkout / "leaml_plugin", tools, venv_bin):
+        directory.mkdir(parents=True)
+    inputs = ("constraints.txt", "pyproject.toml", "setup.py", "leaml_plugin/__init__.py", "leaml_plugin_startup.pth")
+    for name in (*inputs, "scripts/environment.sh"):
+        shutil.copy(ROOT / name, checkout / name)
+    (checkout / "csrc" / "a.cpp").touch()
+    for tool in ("bash", "cat", "cut", "dirname", "env", "find", "grep", "rm", "sha256sum", "sort", "touch", "xargs"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "python3").symlink_to(sys.executable)
+    warning = "setup.py:9: UserWarning: leaml_plugin._C was not built, its reference kernels stay: no such header"
+    pip = f"touch {checkout}/ran" + ("; touch leaml_plugin/_C.abi3.so" if built else f"; echo '  {warning}' >&2")
+    scripts = {venv_bin / "pip": pip, venv_bin / "python": ":"} | ({tools / "c++": ":"} if compiler else {})
+    for path, text in scripts.items():
+        path.write_text(f"#!{shutil.which('bash')}\n{text}\n")
+        path.chmod(0o755)
+    packages = hashlib.sha256(b"".join((checkout / name).read_bytes() for name in inputs[:2])).hexdigest()
+    (venv_bin.parent / ".leaml-packages").write_text(packages)
+    env = {"PATH": str(tools), "VENV": str(venv_bin.parent)}
+    for again in (False, True):
+        (checkout / "ran").unlink(missing_ok=True)
+        script = checkout / "scripts" / "environment.sh"
+        result = subprocess.run([str(tools / "bash"), str(script)], env=env, capture_output=True, text=True, check=True)
+        assert (checkout / "ran").exists() == (not again or not stamped)
+        assert ("tries again" in result.stderr) == (not stamped)
+        if (checkout / "ran").exists():
+            assert (warning in result.stderr) == (not built)
 
 
 def test_lmms_eval_runs_from_the_installed_wheel(installed, tiny_models, tmp_path):

@@ -74,6 +74,41 @@ STATISTICS = {
 }
 
 
+@pytest.mark.parametrize("gradients", ["free", "keep", "stream"])
+@pytest.mark.parametrize("granularity", ["row", "ffn"])
+def test_the_squared_norm_is_that_of_the_last_micro_batch(net, gradients, granularity):
+    """Of the scored weights only: neither of earlier micro-batches nor of the head's bias."""
+    scorer = RelevanceScorer(linears(net), granularity=granularity, groups=GROUPS, gradients=gradients)
+    assert scorer.squared_norm is None
+    scored = [f"{name}.weight" for name in linears(net) if granularity == "row" or name != "head"]
+    for x in batches():
+        net.zero_grad()
+        loss_of(net, x).backward()
+        scorer.accumulate()
+        wanted = sum(
+            float(g.double().square().sum())
+            for name, g in zip(
+                dict(net.named_parameters()), torch.autograd.grad(loss_of(net, x), list(net.parameters()))
+            )
+            if name in scored
+        )
+        assert scorer.squared_norm.dtype == torch.float32 and scorer.squared_norm.shape == ()
+        assert float(scorer.squared_norm) == pytest.approx(wanted, rel=1e-5)
+    scorer.reset()
+    assert scorer.squared_norm is None
+
+
+def test_scores_are_fp32_under_any_default_dtype(net):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with RelevanceScorer(linears(net)) as scorer:
+            loss_of(net, batches()[0].float()).backward()
+            scorer.accumulate()
+        assert {s.dtype for s in scorer.scores().scores.values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("criterion", list(ops.CRITERIA))
 @pytest.mark.parametrize("gradients", ["free", "keep", "stream"])
 def test_scores_are_the_sum_of_each_micro_batch(net, criterion, gradients):

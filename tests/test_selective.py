@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from leaml_plugin import LeamlError, Selection, SparseAdamW, attach, selective
@@ -226,6 +227,94 @@ def test_gradient_accumulation_adds_up():
     assert norm > 1e-4
     clipped = nn.utils.get_total_norm([p.grad for p in handle.parameters()])
     assert float(clipped) == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("checkpointed", ["no", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_columns_under_autocast_and_checkpointing(autocast, checkpointed):
+    """The gradient of input columns is that of the plain Linear under the same tools."""
+
+    def gradients(model, parameters):
+        x = inputs().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = checkpoint(model, x, use_reentrant=checkpointed == "reentrant") if checkpointed != "no" else model(x)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        out.float().square().mean().backward()
+        return [p.grad for p in parameters]
+
+    model = model_of()
+    dense = gradients(model, [model[0].weight, model[2].weight])
+    handle = attach(model, chosen(columns=True))
+    rows, columns = gradients(model, list(handle.parameters()))
+    assert rows.dtype == columns.dtype == torch.float32 and columns.shape == (3, 5)
+    tolerance = {"rtol": 0.05, "atol": 1e-3} if autocast else {}
+    torch.testing.assert_close(rows, dense[0][[1, 4, 7]], **tolerance)
+    torch.testing.assert_close(columns, dense[1][:, [1, 4, 7]].t(), **tolerance)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_work_of_the_weight_gradient_scales_with_the_density(columns):
+    """Counted, not timed: 2 * tokens * k * fan operations, and gradients of k * fan numbers."""
+    tokens, neurons, fan = 24, 200, 32
+    for k in (1, 10, 20, 200):
+        layer = nn.Linear(neurons, fan) if columns else nn.Linear(fan, neurons)
+        model, index = nn.Sequential(layer, nn.Linear(layer.out_features, 4)), {"0": torch.arange(k)}
+        selection = Selection({} if columns else index, index if columns else {}, sizes={"0": neurons})
+        (p,) = attach(model, selection).parameters()
+        loss = model(torch.randn(tokens, layer.in_features)).square().mean()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        through_the_second = 2 * tokens * 4 * layer.out_features
+        assert counter.get_total_flops() == through_the_second + 2 * tokens * k * fan
+        assert p.grad.numel() == k * fan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_with_checkpointing_and_autocast(autocast, columns):
+    """All three tools at once, forward, backward and step, against the eager model without any but autocast."""
+    results = []
+    for together in (False, True):
+        torch.compiler.reset()
+        model = model_of()
+        handle = attach(model, chosen(columns))
+        optimizer = SparseAdamW(handle.parameters(), lr=0.01, eps=1e-3)
+
+        def forward(x, model=model, together=together):
+            return checkpoint(model, x, use_reentrant=False) if together else model(x)
+
+        run = torch.compile(forward, backend="aot_eager", fullgraph=True) if together else forward
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = run(inputs()).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((loss.detach(), model[0].weight.detach(), model[2].weight.detach()))
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if autocast else {}
+    for got, wanted in zip(results[1], results[0]):
+        torch.testing.assert_close(got, wanted, **tolerance)
+    assert not torch.equal(results[0][1], model_of()[0].weight)
+
+
+@pytest.mark.slow
+def test_under_inductor():
+    """The default backend, which compiles code of its own for the backward pass too."""
+    results = []
+    for backend in (None, "inductor"):
+        model = model_of()
+        handle = attach(model, chosen(columns=True))
+        optimizer = SparseAdamW(handle.parameters(), lr=0.01)
+        run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+        for _ in range(3):
+            loss = loss_of(run, inputs())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((loss.detach(), model[0].weight.detach(), model[2].weight.detach()))
+    for got, wanted in zip(results[1], results[0]):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ one call, and runs on compiled CPU or CUDA code where that was built and on the 
 Does not cover: finding a model's layers, saving scores (``leaml_plugin.selection``), the optimizer class
 (``leaml_plugin.optim``).
 
-Importing this module imports torch; it builds nothing and loads nothing before the first call.
+Importing this module imports torch; it builds nothing and loads nothing before the first call, be it of a function
+here or of ``torch.ops.leaml.*``.
 
 Common rules
 ------------
@@ -113,6 +114,11 @@ def _relevance_out(out: Sequence[Tensor], criteria: list[int], sizes: dict[int, 
     return views
 
 
+def _check_distinct(out: Sequence[Tensor]) -> None:
+    wrong = reference.shared_out(out)
+    _check(wrong is None, str(wrong))
+
+
 # --- relevance -------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +142,7 @@ def _check_relevance(
             f"slot {slot}: weight {i} has {size} neurons, an earlier part has {sizes[slot]}",
         )
     _relevance_out(out, codes, sizes)
+    _check_distinct(out)
 
 
 @torch.no_grad()
@@ -156,7 +163,8 @@ def neuron_relevance_(
         weights: ``[out, in]`` (or ``[out]``) each.
         grads: the same shapes.
         out: fp32, ``[neurons]`` each, or ``[len(criteria), neurons]`` where several criteria are asked for; added
-            to in place, so that micro-batches accumulate: ``|sum w*g|`` of each call is added, not of the sum.
+            to in place, so that micro-batches accumulate: ``|sum w*g|`` of each call is added, not of the sum. The
+            same tensor twice is refused: weights of the same neurons share one through ``slots``.
         criteria: among ``taylor``, ``taylor_abs``, ``fisher``, ``grad_norm``; several cost no second pass.
         dims: 0 where the neurons of a weight are its rows, 1 where they are its columns; one for all or one each.
         slots: which ``out`` each weight feeds; weights of one slot are parts of the same neurons and their sums are
@@ -556,9 +564,11 @@ def relevance_sparse_adamw_(
             )  # fmt: skip
         except (RuntimeError, TypeError):
             _check_adamw(*lists, scales, masters, dense_only=True)
+            _check_distinct(views)
             raise
     else:
         _check_adamw(*lists, scales, masters, dense_only=True)
+        _check_distinct(views)
         sqnorm = reference.relevance_sparse_adamw_(
             *lists, first, second, masters or (), views, codes, *tail
         )  # fmt: skip

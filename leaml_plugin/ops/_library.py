@@ -1,16 +1,19 @@
 """The ``leaml`` operator library: schemas, fake (meta) kernels and the reference twins as the kernel of last resort.
 
 Covers: what ``torch.ops.leaml.*`` is. Schemas are defined here, once, so that they exist whether or not anything was
-compiled; ``_C.abi3.so`` and ``_C_cuda.abi3.so`` only add CPU and CUDA implementations, which win over the twins.
+compiled; ``_C.abi3.so`` and ``_C_cuda.abi3.so`` only add CPU and CUDA implementations, which win over the twins once
+they are loaded: by the wrappers in ``leaml_plugin.ops``, or by the first call that reaches a twin here.
 Does not cover: argument checks for users (the wrappers in ``leaml_plugin.ops``) and loading (``_loader``).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from leaml_plugin.ops import reference
+from leaml_plugin.ops import _loader, reference
 
 SCHEMAS = {
     "neuron_relevance_": (
@@ -38,10 +41,21 @@ LIBRARY = torch.library.Library("leaml", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-LIBRARY.impl("neuron_relevance_", reference.neuron_relevance_, "CompositeExplicitAutograd")
-LIBRARY.impl("select_top", reference.select_top, "CompositeExplicitAutograd")
-LIBRARY.impl("sparse_adamw_", reference.sparse_adamw_, "CompositeExplicitAutograd")
-LIBRARY.impl("relevance_sparse_adamw_", reference.relevance_sparse_adamw_, "CompositeExplicitAutograd")
+
+def _last_resort(name: str) -> None:
+    """Register the twin of ``name``; its first call loads the compiled kernel of that device, which then runs."""
+
+    def kernel(tensors: list[Tensor], *rest: Any) -> Any:
+        # one that is loaded already and did not win has no kernel for this call: to ask it again would never end
+        if tensors and not _loader.loaded(tensors[0].device) and _loader.native(tensors[0].device):
+            return getattr(torch.ops.leaml, name)(tensors, *rest)
+        return getattr(reference, name)(tensors, *rest)
+
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+for _name in ("neuron_relevance_", "select_top", "sparse_adamw_", "relevance_sparse_adamw_"):
+    _last_resort(_name)
 # a gather and a matrix product: left to PyTorch, so that autograd and torch.compile see through it
 LIBRARY.impl("selected_weight_grad", reference.selected_weight_grad, "CompositeImplicitAutograd")
 

@@ -53,6 +53,11 @@ def _load(kind: str) -> str | None:
     return _outcome[kind]
 
 
+def loaded(device: torch.device) -> bool:
+    """Whether compiled kernels for ``device`` are in this process. Loads nothing."""
+    return _outcome.get(device.type, "not tried") is None
+
+
 def native(device: torch.device) -> bool:
     """Whether calls for ``device`` go to compiled code. Warns once where it is missing though it was expected."""
     requested = _requested()

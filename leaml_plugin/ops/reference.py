@@ -36,6 +36,18 @@ def _sqrt(x: Tensor) -> Tensor:
 # --- relevance -------------------------------------------------------------------------------------------------
 
 
+def shared_out(out: Sequence[Tensor]) -> str | None:
+    """What is wrong where two outs begin in the same memory, in the words of the compiled op; None where none do."""
+    places: dict[int, int] = {}
+    for j, target in enumerate(out):
+        if target.numel() and places.setdefault(target.data_ptr(), j) != j:
+            return (
+                f"out {j}: wanted memory of its own, got that of out {places[target.data_ptr()]}; "
+                "weights of the same neurons share one out through slots="
+            )
+    return None
+
+
 def neuron_relevance_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -49,6 +61,8 @@ def neuron_relevance_(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``out[slot][c] += criterion c of the neuron``; returns the squared norm of all gradients (fp32 scalar)."""
+    if wrong := shared_out(out):
+        raise RuntimeError(wrong)
     inverse = None if grad_scale is None else 1.0 / grad_scale.to(dtype)
     sums: list[Tensor | None] = [None] * len(out)
     total = torch.zeros((), dtype=torch.float64, device=weights[0].device)

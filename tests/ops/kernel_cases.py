@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,21 @@ WIDTHS = (0, 1, 2, 7, 31, 32, 33, 64, 255, 256, 257, 512, 1023, 1030, 2050)
 shapes = st.tuples(st.sampled_from((0, 1, 2, 3, 17, 65, 130)), st.sampled_from(WIDTHS))
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
+# gradients come in strides of their own: .sum().backward() gives one number expanded, .sum(0) one row
+grad_layouts = st.sampled_from((*LAYOUTS, "one_number", "one_row"))
+# nothing, squares among the subnormal numbers of fp32, ordinary, squares near fp32's largest number
+grad_scales = st.sampled_from((0.0, 1e-22, 1e-3, 0.1, 1e18))
+bad_values = st.sampled_from((None, None, None, math.nan, math.inf, -math.inf))
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same values under other strides."""
     rows, columns = values.shape
+    if layout in ("one_number", "one_row"):
+        first = values.new_zeros(1, 1 if layout == "one_number" else columns)
+        if values.numel():
+            first.copy_(values[:1, : first.shape[1]])
+        return first.expand(rows, columns)
     if layout == "padded":
         result = values.new_zeros(rows, columns + 3)[:, :columns]
     elif layout == "transposed":
@@ -36,9 +47,26 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return result.copy_(values)
 
 
-def random_matrix(shape: tuple[int, int], dtype: torch.dtype, layout: str, seed: int, scale: float = 1.0) -> Tensor:
+def random_matrix(
+    shape: tuple[int, int], dtype: torch.dtype, layout: str, seed: int, scale: float = 1.0, bad: float | None = None
+) -> Tensor:
+    """Normal numbers times ``scale``; ``bad`` in one place at random."""
     generator = torch.Generator().manual_seed(seed)
-    return laid_out((torch.randn(*shape, generator=generator) * scale).to(dtype), layout)
+    values = (torch.randn(*shape, generator=generator) * scale).to(dtype)
+    if bad is not None and values.numel():
+        values.view(-1)[int(torch.randint(values.numel(), (1,), generator=generator))] = bad
+    return laid_out(values, layout)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The raw bytes, so that NaN equals NaN and -0 differs from 0."""
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def same_bits(got: Tensor, wanted: Tensor) -> bool:
+    """Equal bit for bit where neither is NaN, and NaN in the same places."""
+    nan = wanted.isnan()
+    return torch.equal(got.isnan(), nan) and torch.equal(bits(got[~nan]), bits(wanted[~nan]))
 
 
 def random_rows(neurons: int, k: int, seed: int) -> Tensor:
@@ -99,6 +127,9 @@ def make_problem(
     eight_bit: bool = False,
     master: bool = False,
     seed: int = 0,
+    grad_layout: str | None = None,
+    grad_magnitude: float = 0.1,
+    bad: float | None = None,
     **options: Any,
 ) -> Problem:
     params, rows, grads, states = [], [], [], []
@@ -109,6 +140,8 @@ def make_problem(
         grad_shape = (k, shape[1]) if compact else shape
         params.append(param)
         rows.append(index)
-        grads.append(random_matrix(grad_shape, grad_dtype or dtype, layout, seed + 7 * i + 3, 0.1))
+        grads.append(
+            random_matrix(grad_shape, grad_dtype or dtype, grad_layout or layout, seed + 7 * i + 3, grad_magnitude, bad)
+        )
         states.append(ops.new_state(param, index, eight_bit=eight_bit, master=master))
     return Problem(params, rows, grads, states, {"lr": 1e-2, "seed": 11, **options})

@@ -8,7 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, dtypes, laid_out, layouts, make_problem, random_rows, shapes
+from kernel_cases import (
+    DTYPES,
+    bad_values,
+    bits,
+    dtypes,
+    grad_layouts,
+    grad_scales,
+    laid_out,
+    layouts,
+    make_problem,
+    random_rows,
+    same_bits,
+    shapes,
+)
 
 from leaml_plugin import ops
 from leaml_plugin.ops import reference
@@ -18,17 +31,15 @@ pytestmark = pytest.mark.usefixtures("native")
 BACKENDS = ("native", "reference")
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The raw bytes, so that NaN equals NaN and -0 differs from 0."""
-    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     shape_list=st.lists(shapes, min_size=1, max_size=3),
     dtype=dtypes,
     wide_grad=st.booleans(),
     layout=layouts,
+    grad_layout=grad_layouts,
+    grad_magnitude=grad_scales,
+    bad=bad_values,
     density=st.sampled_from((0.0, 0.05, 0.3, 1.0)),
     compact=st.booleans(),
     eight_bit=st.booleans(),
@@ -39,8 +50,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     seed=st.integers(0, 2**40),
 )
 def test_compiled_code_equals_its_twin_bit_for_bit(
-    shape_list, dtype, wide_grad, layout, density, compact, eight_bit, precision, maximize, scaled, tensor_lr, seed
-):
+    shape_list, dtype, wide_grad, layout, grad_layout, grad_magnitude, bad, density, compact, eight_bit, precision,
+    maximize, scaled, tensor_lr, seed,
+):  # fmt: skip
     problem = make_problem(
         shape_list,
         dtype,
@@ -51,6 +63,9 @@ def test_compiled_code_equals_its_twin_bit_for_bit(
         eight_bit,
         master=precision == "master",
         seed=seed % 1000,
+        grad_layout=grad_layout,
+        grad_magnitude=grad_magnitude,
+        bad=bad,
         stochastic_rounding=precision == "stochastic",
         maximize=maximize,
     )
@@ -65,7 +80,7 @@ def test_compiled_code_equals_its_twin_bit_for_bit(
         problem.step("native")
         twin.step("reference")
     for got, wanted in zip(problem.tensors(), twin.tensors()):
-        assert torch.equal(bits(got), bits(wanted))
+        assert same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("state", ["fp32", "eight_bit", "master", "stochastic"])
@@ -209,13 +224,25 @@ def test_nan_has_the_same_bits_in_every_path(dtype, master):
     assert len(seen) == 1
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+THREADED = {
+    "packed": {"eight_bit": True, "stochastic_rounding": True},
+    "masters": {"master": True},
+    "compact": {"compact": True, "stochastic_rounding": True},
+    "columns": {"layout": "transposed", "eight_bit": True, "stochastic_rounding": True},
+    "columns, masters": {"layout": "transposed", "master": True},
+    "columns, compact": {"layout": "transposed", "compact": True, "grad_layout": "contiguous"},
+    "strided": {"layout": "every_other", "grad_layout": "padded"},
+}
+
+
+@pytest.mark.parametrize("case", list(THREADED))
+def test_results_do_not_depend_on_the_number_of_threads(case):
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            problem = make_problem([(300, 700)] * 3, torch.bfloat16, eight_bit=True, stochastic_rounding=True)
+            problem = make_problem([(300, 700)] * 3, torch.bfloat16, **THREADED[case])
             for _ in range(3):
                 problem.step("native")
             results.append(problem.tensors())

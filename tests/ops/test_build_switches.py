@@ -1,16 +1,20 @@
 """What setup.py would build: decided by the compiler, the toolkit and the environment, never by whether there is a GPU.
 
-Covers: the choice of extensions. Does not cover: compiling them (the other kernel tests run what was built).
+Covers: the choice of extensions, and that what is chosen here has been built. Does not cover: compiling them (the other
+kernel tests run what was built, and skip where nothing was).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from leaml_plugin import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = "leaml_plugin._C_cuda"
@@ -79,3 +83,16 @@ def test_nothing_is_built_where_nothing_can_or_shall_be(toolkit):
     assert extensions(toolkit, LEAML_NATIVE="0")[0] == "[]"
     names, result = extensions(toolkit, PATH="/nowhere", CXX="/nowhere/c++")
     assert names == "[]" and "no C++ compiler: leaml_plugin will run on its slower reference kernels" in result.stderr
+
+
+def test_what_setup_would_build_here_was_built():
+    """A build that failed only warns, and the kernel tests then skip; this is the test that fails."""
+    result = subprocess.run([sys.executable, "-c", PROBE, ""], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    chosen = json.loads(result.stdout.strip().rpartition("\n")[2])
+    if not chosen:
+        pytest.skip(f"setup.py would build nothing here: {result.stderr.strip() or 'LEAML_NATIVE=0'}")
+    info = ops.build_info()
+    for extension, kind in (("leaml_plugin._C", "cpu"), (CUDA, "cuda")):
+        if extension in chosen:
+            assert info[kind]["loaded"], f"{extension} can be built here, but {info[kind]['cause']}"

@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import dtypes, layouts, make_problem, random_rows, shapes
+from kernel_cases import (
+    bad_values,
+    dtypes,
+    grad_layouts,
+    grad_scales,
+    layouts,
+    make_problem,
+    random_rows,
+    same_bits,
+    shapes,
+)
 
 from leaml_plugin import ops
 
@@ -15,35 +25,68 @@ pytestmark = pytest.mark.usefixtures("native")
 ALL = list(ops.CRITERIA)
 
 
-@settings(max_examples=80, deadline=None)
+def same_scores(got, wanted):
+    """NaN and infinity in the same places; elsewhere within rounding of what was summed.
+
+    ``[4, neurons]`` each, criteria as in ``ALL``. ``|sum w*g|`` cancels, so its error is measured by the absolute sums.
+    """
+    finite = wanted.isfinite()
+    assert torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.isinf(), wanted.isinf())
+    size = wanted.abs().nan_to_num(0.0, 0.0)
+    size[0] = torch.maximum(size[0], size[1])
+    assert ((got - wanted).abs() <= 1e-5 * size + 1e-5)[finite].all()
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     shape_list=st.lists(shapes, min_size=1, max_size=3),
     dtype=dtypes,
+    wide_grad=st.booleans(),
     layout=layouts,
+    grad_layout=grad_layouts,
+    grad_magnitude=grad_scales,
+    bad=bad_values,
     density=st.sampled_from((0.0, 0.1, 1.0)),
     eight_bit=st.booleans(),
-    stochastic=st.booleans(),
-    backend=st.sampled_from(("native", "reference")),
+    precision=st.sampled_from(("nearest", "stochastic", "master")),
 )
-def test_the_fusion_equals_relevance_then_step(shape_list, dtype, layout, density, eight_bit, stochastic, backend):
-    fused = make_problem(
-        shape_list, dtype, None, layout, density, eight_bit=eight_bit, stochastic_rounding=stochastic,
-        grad_scale=torch.tensor(2.0),
-    )  # fmt: skip
-    parts = fused.copy()
-    fused_out = [torch.ones(4, s[0]) for s in shape_list]
-    parts_out = [torch.ones(4, s[0]) for s in shape_list]
-    with ops.use_backend(backend):
-        lists, options = fused.arguments()
-        fused_norm = ops.relevance_sparse_adamw_(*lists, fused_out, criteria=ALL, **options)
-        norm = ops.neuron_relevance_(parts.params, parts.grads, parts_out, criteria=ALL, grad_scale=torch.tensor(2.0))
-        parts.step(backend)
-    for got, wanted in zip([*fused.tensors(), *fused_out, fused_norm], [*parts.tensors(), *parts_out, norm]):
-        # a transposed weight is summed column by column in a pass of its own, row by row in the fusion
-        if layout == "transposed" and got.dtype == torch.float32:
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-        else:
-            assert torch.equal(got, wanted)
+def test_the_fusion_equals_relevance_then_step(
+    shape_list, dtype, wide_grad, layout, grad_layout, grad_magnitude, bad, density, eight_bit, precision
+):
+    """On each backend, and one backend's fusion the other's."""
+    results = []
+    for backend in ("native", "reference"):
+        fused = make_problem(
+            shape_list, dtype, torch.float32 if wide_grad else dtype, layout, density, eight_bit=eight_bit,
+            master=precision == "master", grad_layout=grad_layout, grad_magnitude=grad_magnitude, bad=bad,
+            stochastic_rounding=precision == "stochastic", grad_scale=torch.tensor(2.0),
+        )  # fmt: skip
+        parts = fused.copy()
+        fused_out = [torch.ones(4, s[0]) for s in shape_list]
+        parts_out = [torch.ones(4, s[0]) for s in shape_list]
+        with ops.use_backend(backend):
+            lists, options = fused.arguments()
+            fused_norm = ops.relevance_sparse_adamw_(*lists, fused_out, criteria=ALL, **options)
+            norm = ops.neuron_relevance_(
+                parts.params, parts.grads, parts_out, criteria=ALL, grad_scale=torch.tensor(2.0)
+            )  # fmt: skip
+            parts.step(backend)
+        for got, wanted in zip(fused.tensors(), parts.tensors()):
+            assert same_bits(got, wanted)
+        for got, wanted in zip([*fused_out, fused_norm], [*parts_out, norm]):
+            # a transposed weight is summed column by column in a pass of its own, row by row in the fusion
+            if "transposed" not in (layout, grad_layout):
+                assert same_bits(got, wanted)
+            elif got.dim():
+                same_scores(got, wanted)
+            else:
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+        results.append((fused.tensors(), fused_out, fused_norm))
+    (native_tensors, native_out, native_norm), (twin_tensors, twin_out, twin_norm) = results
+    assert all(same_bits(got, wanted) for got, wanted in zip(native_tensors, twin_tensors))
+    for got, wanted in zip(native_out, twin_out):
+        same_scores(got, wanted)
+    torch.testing.assert_close(native_norm, twin_norm, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_found_inf_stops_both_parts():
@@ -55,14 +98,19 @@ def test_found_inf_stops_both_parts():
     assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize(
+    "kind",
+    [{"stochastic_rounding": True}, {"master": True}, {"layout": "transposed", "eight_bit": True}],
+    ids=["stochastic", "masters", "columns"],
+)
+def test_results_do_not_depend_on_the_number_of_threads(kind):
     """Items of several rows and of one: rows of 1.2 MB are more than half of what an item may hold."""
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            problem = make_problem([(600, 1500), (4, 300_000)], torch.float16, stochastic_rounding=True)
+            problem = make_problem([(600, 1500), (4, 300_000)], torch.float16, **kind)
             out = [torch.zeros(4, 600), torch.zeros(4, 4)]
             lists, options = problem.arguments()
             norm = ops.relevance_sparse_adamw_(*lists, out, criteria=ALL, **options)
@@ -99,6 +147,20 @@ def test_a_compact_gradient_cannot_give_relevance():
     lists, options = problem.arguments()
     with pytest.raises(ValueError, match=r"gradient 0: wanted \[8, 40\], got \[2, 40\]"):
         ops.relevance_sparse_adamw_(*lists, [torch.zeros(8)], **options)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_one_out_for_two_weights_is_refused_before_anything_moves(backend):
+    problem = make_problem([(8, 40), (8, 3)])
+    before, out = problem.copy(), torch.zeros(8)
+    lists, options = problem.arguments()
+    with (
+        ops.use_backend(backend),
+        pytest.raises(ValueError, match="out 1: wanted memory of its own, got that of out 0"),
+    ):
+        ops.relevance_sparse_adamw_(*lists, [out, out], **options)
+    assert out.count_nonzero() == 0
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
 
 
 def test_the_squared_norm_clips_as_clip_grad_norm_does():

@@ -25,16 +25,55 @@ def samples():
     one = torch.tensor([1.0])
     packed_lists, options = packed.arguments()
     packed_scales = options["scales"]
+    mastered = make_problem([(6, 40)], torch.bfloat16, density=0.5, master=True)
+    columns = make_problem([(6, 40)], torch.float16, density=0.5, layout="transposed", master=True)
+    rounded = make_problem([(6, 40), (5, 1)], torch.bfloat16, torch.float32, density=0.5)
+    by_chance = (*tail[:-2], True, 9)
+
+    def lists_and_masters(problem):
+        lists, options = problem.arguments()
+        return (*lists, [], [], options.get("masters", []))
+
+    ffn_weights, dims, slots = ops.ffn_parts([[random_matrix(s, torch.float32, "contiguous", i) for i, s in
+                                               enumerate(((6, 8), (6, 8), (8, 6)))]] * 2)  # fmt: skip
     half_tail = (one * 1e-3, one, one, one * 0, 0.0, 0.9, 0.999, 1e-8, 0.01, True, True, 5)
     return {
         "relevance": ("neuron_relevance_", ([w], [g], [torch.zeros(2, 6)], [0, 3], [0], [0], None, None)),
         "relevance_columns": ("neuron_relevance_", ([w], [g], [torch.zeros(1, 40)], [1], [1], [0], one, one * 0)),
+        "relevance_ffn": (
+            "neuron_relevance_",
+            (
+                ffn_weights,
+                [w * 2 for w in ffn_weights],
+                [torch.zeros(1, 6), torch.zeros(1, 6)],
+                [0],
+                dims,
+                slots,
+                None,
+                None,
+            ),
+        ),
         "select": ("select_top", ([torch.randn(9), torch.randn(4)], [0, 0], [3])),
         "adamw": ("sparse_adamw_", (*lists, [], [], [], *tail)),
+        "adamw_masters": ("sparse_adamw_", (*lists_and_masters(mastered), *tail)),
+        "adamw_columns": ("sparse_adamw_", (*lists_and_masters(columns), *tail)),
+        "adamw_stochastic": ("sparse_adamw_", (*lists_and_masters(rounded), *by_chance)),
         "adamw_packed": ("sparse_adamw_", (*packed_lists, *packed_scales, [], *half_tail)),
         "fusion": (
             "relevance_sparse_adamw_",
             (*lists, [], [], [], [torch.zeros(1, 6), torch.zeros(1, 5)], [2], *tail),
+        ),
+        "fusion_masters": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(mastered), [torch.zeros(2, 6)], [0, 3], *tail),
+        ),
+        "fusion_columns": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(columns), [torch.zeros(1, 6)], [1], *tail),
+        ),
+        "fusion_stochastic": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(rounded), [torch.zeros(1, 6), torch.zeros(1, 5)], [0], *by_chance),
         ),
         "weight_grad": ("selected_weight_grad", (torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.tensor([0, 3]))),
     }
@@ -104,6 +143,58 @@ def test_without_a_build_the_twins_run_and_say_so_once():
     """
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+RAW_CALLS = """
+import os, warnings, torch
+from leaml_plugin import ops
+from leaml_plugin.ops import _loader, reference
+warnings.simplefilter("error")
+asked = []
+for name in ("neuron_relevance_", "select_top", "sparse_adamw_", "relevance_sparse_adamw_"):
+    twin = getattr(reference, name)
+    setattr(reference, name, lambda *a, name=name, twin=twin, **kw: asked.append(name) or twin(*a, **kw))
+assert not _loader.loaded(torch.device("cpu"))  # the import is as quick as before
+w, rows, state = torch.ones(2, 3), torch.tensor([1]), lambda: torch.zeros(1, 3)
+lists = lambda: ([w.clone()], [rows], [w], [state()], [state()], [torch.zeros(1)], [], [], [])
+tail = (None, None, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, 0)
+calls = {
+    "neuron_relevance_": lambda op: op([w], [w], [torch.zeros(1, 2)], [0], [0], [0], None, None),
+    "select_top": lambda op: op([torch.ones(3)], [0], [1]),
+    "sparse_adamw_": lambda op: op(*lists(), *tail),
+    "relevance_sparse_adamw_": lambda op: op(*lists(), [torch.zeros(1, 2)], [0], *tail),
+}
+for name, call in calls.items():
+    if child := os.fork():  # each is the first call of its process
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, name
+        continue
+    for _ in range(2):
+        call(getattr(torch.ops.leaml, name))
+    if os.environ["LEAML_OPS"] == "reference":
+        assert asked.count(name) == 2 and not _loader._outcome, asked
+    else:
+        assert asked == [], asked
+        assert _loader._outcome == {"cpu": None}  # the CUDA library waits for a CUDA tensor
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_the_first_raw_call_runs_what_a_wrapper_would(choice, native):
+    """Compiled code, though no wrapper has loaded it; a user's warning filter has nothing to say."""
+    result = run(RAW_CALLS, LEAML_OPS=choice)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_raw_call_misses_the_library_that_was_asked_for():
+    missing = """
+        from pathlib import Path
+        from leaml_plugin.ops import _loader
+        _loader.LIBRARIES["cpu"] = Path("nowhere/_C.abi3.so")
+        import torch
+        torch.ops.leaml.select_top([torch.ones(3)], [0], [1])
+    """
+    assert "LEAML_OPS=native, but _C.abi3.so was not built" in run(missing, LEAML_OPS="native").stderr
 
 
 def test_a_broken_library_is_reported_with_its_cause(tmp_path):

@@ -120,6 +120,32 @@ def test_drop_in_optimizer_of_the_plain_trainer(base, data, selection, tmp_path)
     assert not same(results[0], load(base))
 
 
+def test_rows_of_plain_parameters_in_the_plain_trainer(base, data, selection, tmp_path):
+    """Whole parameters with row indices and a scheduler, nothing attached: resumed to the bit, other rows untouched."""
+    modules = [name for name, axis, _ in selection if axis == 0]
+
+    def run(out, resume=None, **options):
+        model = load(base)
+        weights = [model.get_submodule(name).weight for name in modules]
+        optimizer = SparseAdamW([{"params": weights, "rows": [selection.rows[n] for n in modules]}], lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
+        trainer = Trainer(
+            model, arguments(out, **options), train_dataset=data, optimizers=(optimizer, scheduler)
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model, [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+    whole, rates = run(tmp_path / "a")
+    assert len(rates) == 6 and rates[-1] < 0.5 * rates[0]
+    resumed, _ = run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-3"))
+    assert same(whole, resumed)
+    before = load(base).state_dict()
+    for name, value in whole.state_dict().items():
+        changed = (value != before[name]).reshape(value.shape[0], -1).any(1).nonzero().flatten()
+        module = name.removesuffix(".weight")
+        assert torch.equal(changed, selection.rows[module] if module in modules else changed[:0]), name
+
+
 def test_adapter_in_the_plain_trainer_resumes_exactly(base, data, selection, batch, tmp_path):
     def run(out, resume=None):
         model = get_peft_model(load(base), LeamlConfig(selection=selection, task_type="CAUSAL_LM"))
