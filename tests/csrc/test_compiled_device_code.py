@@ -5,6 +5,7 @@ Needs a toolkit and no GPU. The disassembler is the toolkit's or the one inside 
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -53,9 +54,11 @@ def compiled(request, tmp_path_factory) -> tuple[str, Path]:
     from torch.utils import cpp_extension
 
     cubin = tmp_path_factory.mktemp(f"sm_{request.param}") / "ops_cuda.cubin"
-    target = re.search(r'TORCH_TARGET = "(.*?)"', (ROOT / "setup.py").read_text())[1]
+    setup = (ROOT / "setup.py").read_text()
+    target = re.search(r'TORCH_TARGET = "(.*?)"', setup)[1]
+    flags = ast.literal_eval(re.search(r"NVCC_FLAGS = (\[.*?\])", setup)[1])
     command = [
-        str(cuda_home() / "bin" / "nvcc"), "-std=c++20", "-O3", "-cubin", "-Xptxas=-v", f"-arch=sm_{request.param}",
+        str(cuda_home() / "bin" / "nvcc"), *flags, "-cubin", "-Xptxas=-v", f"-arch=sm_{request.param}",
         target, "-DUSE_CUDA", *(f"-I{path}" for path in cpp_extension.include_paths()),
         str(ROOT / "csrc" / "ops_cuda.cu"), "-o", str(cubin),
     ]  # fmt: skip
