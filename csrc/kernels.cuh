@@ -17,6 +17,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerLane = kBlock / kWarp;  // 8
+constexpr int kRun = 64;  // rows of a strip of columns that one running sum takes
 constexpr unsigned kAll = 0xffffffffu;
 
 // Arguments travel by value (at most 32,764 bytes since CUDA 12.1): no copy, no synchronisation, graph capturable.
@@ -356,33 +357,42 @@ __global__ void __launch_bounds__(kThreads, sizeof(G) == 4 ? 4 : 5) relevance_ro
   if (lane == 0) part.sums[row] = s;
 }
 
-// The sums of one strip of columns over this warp's rows, left in shared memory.
+// The sums of one strip of columns over this warp's rows, left in shared memory. A running sum loses what is small beside
+// it, so that it starts anew every kRun rows; what it was is added up in shared memory, where there is room.
 template <class W, class G, bool Vector>
 __device__ __forceinline__ void strip_sums(const RelevancePart& part, int64_t column, int own, int lane, int valid,
                                            float (*shared)[kWarps][kBlock]) {
   constexpr bool wide = sizeof(W) == 4 && sizeof(G) == 4;
-  float wg[kPerLane] = {}, abs_wg[kPerLane] = {}, gg[kPerLane] = {};
-  const W* w = at_row<W>(part.w, own) + column * part.w.col_stride;
-  const G* g = at_row<G>(part.g, own) + column * part.g.col_stride;
-#pragma unroll(Vector ? 2 : 1)
-  for (int64_t row = own; row < part.width; row += kWarps) {
-    float a[kPerLane], b[kPerLane];
-    load<W, wide, kPerLane, Vector>(w, part.w.col_stride, lane, valid, a);
-    load<G, wide, kPerLane, Vector>(g, part.g.col_stride, lane, valid, b);
-    w += kWarps * part.w.row_stride;
-    g += kWarps * part.g.row_stride;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float p = a[i] * b[i];
-      wg[i] += p;
-      abs_wg[i] += fabsf(p);
-      gg[i] += b[i] * b[i];
-    }
-  }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int at = position<wide, Vector>(lane, i);
-    shared[0][own][at] = wg[i], shared[1][own][at] = abs_wg[i], shared[2][own][at] = gg[i];
+    shared[0][own][at] = shared[1][own][at] = shared[2][own][at] = 0.0f;
+  }
+  const W* w = at_row<W>(part.w, own) + column * part.w.col_stride;
+  const G* g = at_row<G>(part.g, own) + column * part.g.col_stride;
+  for (int64_t row = own; row < part.width;) {
+    const int64_t stop = part.width - row < kRun * kWarps ? part.width : row + kRun * kWarps;
+    float wg[kPerLane] = {}, abs_wg[kPerLane] = {}, gg[kPerLane] = {};
+#pragma unroll(Vector ? 2 : 1)
+    for (; row < stop; row += kWarps) {
+      float a[kPerLane], b[kPerLane];
+      load<W, wide, kPerLane, Vector>(w, part.w.col_stride, lane, valid, a);
+      load<G, wide, kPerLane, Vector>(g, part.g.col_stride, lane, valid, b);
+      w += kWarps * part.w.row_stride;
+      g += kWarps * part.g.row_stride;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float p = a[i] * b[i];
+        wg[i] += p;
+        abs_wg[i] += fabsf(p);
+        gg[i] += b[i] * b[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int at = position<wide, Vector>(lane, i);
+      shared[0][own][at] += wg[i], shared[1][own][at] += abs_wg[i], shared[2][own][at] += gg[i];
+    }
   }
 }
 

@@ -78,6 +78,23 @@ def test_relevance(device, shape_list, dtype, wide_grad, layout, dim):
     check_relevance(device, shape_list, dtype, torch.float32 if wide_grad else dtype, layout, dim)
 
 
+@pytest.mark.parametrize("columns", [3, 256])  # one by one, and 16 bytes at a time
+def test_long_columns_keep_their_precision(device, columns):
+    """One running fp32 sum of each warp's rows is off by 2e-5."""
+    w, g, out = torch.ones(20000, columns), torch.full((20000, columns), 0.1), torch.zeros(3, columns)
+    device.relevance_([w], [g], [out], [0, 1, 2], dims=1)
+    tenth = g[0, 0].double()
+    for got, each in zip(out.double(), (tenth, tenth, tenth**2)):
+        torch.testing.assert_close(got, (20000 * each).expand(columns), rtol=2e-6, atol=0)
+
+
+def test_long_rows_keep_their_precision(device):
+    """A lane adds up a 32nd of a row."""
+    w, g, out = torch.ones(2, 20000), torch.full((2, 20000), 0.1), torch.zeros(2)
+    device.relevance_([w], [g], [out.unsqueeze(0)], [0])
+    torch.testing.assert_close(out.double(), (20000 * g[0, 0].double()).expand(2), rtol=1e-5, atol=0)
+
+
 @fewer
 @given(
     shape_list=st.lists(small_shapes, min_size=1, max_size=3),
@@ -274,6 +291,8 @@ MUTANTS = (
     ("item.compact ? j : row", "item.compact ? row : j"),
     # random numbers that depend on the order of the launch
     ("item.index = int32_t(i)", "item.index = int32_t(args->count)"),
+    # columns whose sums start anew and are not kept
+    ("shared[0][own][at] += wg[i]", "shared[0][own][at] = wg[i]"),
     # a second launch whose partial norms overwrite the first's
     ("    used += blocks;\n", ""),
 )
@@ -284,6 +303,8 @@ def test_mutants_are_caught():
     mutant = emulated.build(CACHE, MUTANTS)
     with pytest.raises(AssertionError):
         check_relevance(mutant, [(5, 300)], torch.float32, torch.float32, "contiguous", 0)
+    with pytest.raises(AssertionError):
+        check_relevance(mutant, [(1030, 5)], torch.float32, torch.float32, "contiguous", 1)
     scaled = {"grad_scale": torch.tensor([4.0]), "clip_coef": torch.tensor([0.5])}
     with pytest.raises(AssertionError):
         check_step(mutant, make_problem([(9, 300)], density=1.0, eight_bit=True, **scaled))

@@ -141,6 +141,15 @@ def test_sparse_adamw(dtype, layout, mode, eight_bit, precision):
     check_step(SHAPES, dtype, layout == "padded", layout, mode, eight_bit, precision, steps=3)
 
 
+@pytest.mark.parametrize("columns", [3, 256])
+def test_long_columns_keep_their_precision(columns):
+    w, g = torch.ones(20000, columns).to(DEVICE), torch.full((20000, columns), 0.1).to(DEVICE)
+    out = torch.zeros(columns).to(DEVICE)
+    ops.neuron_relevance_([w], [g], [out], dims=1)
+    expected = (20000 * g[0, 0].double()).expand(columns)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=0)  # one running fp32 sum is off by 1e-4
+
+
 def test_shapes_of_a_real_layer():
     """Rows of a 7B model, bf16: long sums, many blocks."""
     shapes = [(64, 3584), (48, 18944), (512, 3584)]
