@@ -73,7 +73,7 @@ LEAML_HD float to_float(fp16 x) {
 #endif
 }
 
-// Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch: fp16 keeps its sign.
+// Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch on the CPU: fp16 keeps its sign.
 LEAML_HD void from_float(float x, float& out) { out = x; }
 
 LEAML_HD void from_float(float x, bf16& out) {
@@ -84,7 +84,10 @@ LEAML_HD void from_float(float x, bf16& out) {
 
 LEAML_HD void from_float(float x, fp16& out) {
 #if defined(__CUDA_ARCH__)
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  // the instruction's own NaN is 0x7fff
+  out.bits = x != x ? uint16_t(0x7e00u | (float_bits(x) >> 16 & 0x8000u)) : half;
 #else
   const uint32_t raw = float_bits(x);
   const uint32_t sign = raw & 0x80000000u;
