@@ -27,7 +27,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "leaml_plugin" / "__init
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11: loads there and later
 NUMERIC_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]  # the same bits on every vector width
-# nvcc contracts multiply and add by default, here in one kernel and not in the next; memory is what the kernels wait for
+# nvcc contracts multiply and add by default, in one kernel and not in the next; memory is what the kernels wait for
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import emulated
@@ -28,6 +30,11 @@ fewer = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture(scope="session")
 def device():
     return emulated.build(CACHE)
+
+
+@pytest.fixture(scope="session")
+def device_in_fp32():
+    return emulated.build(CACHE, device_arithmetic=True)
 
 
 def check_relevance(device, shape_list, dtype, grad_dtype, layout, dim, seed=0):
@@ -64,6 +71,39 @@ def check_step(device, problem, fused=False, steps=2):
             torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
     for got, expected in zip(problem.tensors(), twin.tensors()):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.9999), (0.0, 0.9), (0.99, 0.0)])
+def test_the_coefficients_in_the_arithmetic_of_a_gpu(device, device_in_fp32, betas):
+    """fp32 there, fp64 on the CPU; both against exact ones over 1 to 1,000,000 steps."""
+    lr, decay = 3e-4, 0.1
+    differ = False
+
+    def rest(beta, step):  # of 1
+        return 1 - Fraction(beta) ** step if step < 300 or not beta else -math.expm1(step * math.log(beta))
+
+    for step in sorted({*range(1, 300), *(int(1.07**i) for i in range(84, 205)), 10**6}):
+        wanted = [1 - lr * decay, lr / rest(betas[0], step), math.sqrt(rest(betas[1], step))]
+        for which, bound in ((device, 1e-7), (device_in_fp32, 3e-7)):
+            got = which.row_coefficients(lr, betas, decay, step)
+            assert got == pytest.approx(wanted, rel=bound, abs=0), (step, which is device)
+        differ |= got != device.row_coefficients(lr, betas, decay, step)
+    assert differ == any(betas)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_steps_in_the_arithmetic_of_a_gpu(device_in_fp32, fused, eight_bit):
+    problem = make_problem([(9, 300), (17, 512)], density=0.5, eight_bit=eight_bit)
+    for state, age in zip(problem.states, (0, 12_345)):
+        state["step"] += age + torch.arange(len(state["step"]))
+    twin = problem.copy()
+    for _ in range(3):
+        device_in_fp32.step(problem, fused)
+        twin.step("reference")
+    assert not all(torch.equal(a, b) for a, b in zip(problem.params, twin.params))
+    for got, wanted in zip(problem.tensors(), twin.tensors()):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
 
 
 @fewer

@@ -105,7 +105,7 @@ def check_step(shapes, dtype, wide, layout, mode, eight_bit, precision, steps):
         keep = torch.ones(got.shape[0], dtype=torch.bool)
         keep[rows] = False
         assert torch.equal(got[keep], old[keep])
-        # the device contracts multiply-add: a rounding in half precision or a code may fall to the neighbour
+        # bias corrections are fp32 on the device: a rounding in half precision may fall to the neighbour
         coarse = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
         loose = 5e-3 if eight_bit else 1e-5
         torch.testing.assert_close(got.float(), wanted.float(), rtol=coarse + 1e-5, atol=loose + coarse * 1e-2)
