@@ -45,7 +45,7 @@ pytestmark = [
     pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit: nvcc is needed (set CUDA_HOME)"),
 ]
 
-KERNELS = 32  # of ops_cuda.cu: every kernel with every combination of types that the ops dispatch to
+KERNELS = 43  # of ops_cuda.cu: every kernel with every combination of types that the ops dispatch to
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -97,7 +97,12 @@ def test_memory_is_read_and_written_128_bits_at_a_time(compiled):
 
         wide_loads, wide_stores = count(r"LDG\.E[\w.]*\.128"), count(r"STG\.E[\w.]*\.128")
         weights = 2 if "Iff" in name else 1  # accesses that 8 fp32 or 16-bit elements take
-        if "adamw" in name and "Lb0E" in name:  # fp32 states: weight, gradient, both moments and the master
+        if "adamw_columns" in name:  # states and masters; a gradient in rows is read from where it is, memory or tile
+            floats = 6 if "Lb0E" in name else 2
+            assert wide_loads == floats and wide_stores == floats, (name, wide_loads, wide_stores)
+            assert count(r"\bLD\.E\.128") == (2 if re.search("(fp16E|bf16E|I?f)fLb", name) else 1), name
+            assert count(r"LDS\.128") == weights and count(r"STS\.128") == weights, name
+        elif "adamw" in name and "Lb0E" in name:  # fp32 states: weight, gradient, both moments and the master
             assert wide_loads >= 2 * weights + 6 and wide_stores == weights + 6, (name, wide_loads, wide_stores)
         elif "adamw" in name:  # 8-bit states: their 8 codes are 8 bytes, or twice 4 beside fp32 weights and gradients
             assert wide_loads >= 2 * weights + 2 and wide_stores == weights + 2, (name, wide_loads, wide_stores)

@@ -318,6 +318,74 @@ def test_aligned_rows_use_16_byte_accesses_and_others_do_not(device, dtype):
     assert device.native.leaml_vector_accesses() == before
 
 
+def columns_problem(shape_list, dtype, compact_dtype=None, density=0.5, **options):
+    """Weights whose neurons are columns in memory; their gradients too, or compact ones of a dtype in rows."""
+    grad = compact_dtype or dtype
+    problem = make_problem(shape_list, dtype, grad, "transposed", density, compact=bool(compact_dtype), **options)
+    if compact_dtype:
+        problem.grads = [g.contiguous() for g in problem.grads]
+    return problem
+
+
+@pytest.mark.parametrize("compact_dtype", [None, "own", torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("precision", ["nearest", "stochastic", "master"])
+def test_columns_are_stepped_in_tiles(device, dtype, compact_dtype, eight_bit, precision):
+    """More neurons and longer ones than a tile takes, less, none; rows beside columns in one call."""
+    options = {
+        "eight_bit": eight_bit,
+        "master": precision == "master",
+        "stochastic_rounding": precision == "stochastic",
+        "lr": torch.tensor([2e-3]),
+        "clip_coef": torch.tensor([0.3]),
+        "grad_scale": torch.tensor([3.0]),
+        "found_inf": torch.tensor([0.0]),
+    }
+    compact_dtype = dtype if compact_dtype == "own" else compact_dtype
+    shapes = [(130, 512), (70, 300), (3, 1), (5, 33), (2, 257), (9, 0)]
+    problem = columns_problem(shapes, dtype, compact_dtype, **options)
+    problem.params[2] = problem.params[2].contiguous()
+    before = device.native.leaml_launches()
+    check_step(device, problem, steps=3)
+    assert device.native.leaml_launches() == before + 3 * 3  # rows, columns, their step counts
+    problem.options["found_inf"] = torch.tensor([1.0])
+    unchanged = problem.copy()
+    device.step(problem)
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), unchanged.tensors()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_the_fusion_takes_columns_beside_rows(device, dtype, eight_bit):
+    """Weights and gradients of columns; of columns and rows; of rows and columns; of rows."""
+    problem = columns_problem([(40, 300), (17, 256), (9, 64), (9, 300)], dtype, eight_bit=eight_bit)
+    problem.grads[1] = problem.grads[1].contiguous()
+    problem.params[2] = problem.params[2].contiguous()
+    problem.params[3], problem.grads[3] = problem.params[3].contiguous(), problem.grads[3].contiguous()
+    check_step(device, problem, fused=True)
+
+
+def test_columns_leave_their_states_to_16_byte_accesses(device):
+    problem = columns_problem([(64, 512)], torch.bfloat16, torch.float32, master=True)
+    before = device.native.leaml_vector_accesses()
+    device.step(problem)
+    rows, lanes, blocks = 32, 32, 2
+    # moments and master are fp32: two accesses each way; the gradient is read; the weight lies in shared memory
+    assert device.native.leaml_vector_accesses() - before == rows * lanes * blocks * (3 * 4 + 2 + 2)
+
+
+def test_a_column_out_of_range_is_an_error_and_touches_nothing(device):
+    problem = columns_problem([(90, 300)], torch.float32, density=0.5)
+    problem.rows[0][-1] = 90
+    before = problem.copy()
+    with pytest.raises(RuntimeError, match="stopped itself"):
+        device.step(problem)
+    assert torch.equal(problem.states[0]["step"], before.states[0]["step"])
+    last = slice(32, None)  # the tile of the bad one, its first block
+    assert torch.equal(problem.states[0]["exp_avg"][last], before.states[0]["exp_avg"][last])
+
+
 def test_the_emulation_sees_a_barrier_that_not_all_lanes_reach(device):
     assert b"barrier" in device.native.leaml_broken_barrier()
 
@@ -331,6 +399,8 @@ MUTANTS = (
     ("item.compact ? j : row", "item.compact ? row : j"),
     # random numbers that depend on the order of the launch
     ("item.index = int32_t(i)", "item.index = int32_t(args->count)"),
+    # tiles that lie apart though they take half as many neurons
+    ("first = number % groups * item.tile", "first = number % groups * kMaxTile"),
     # columns whose sums start anew and are not kept
     ("shared[0][own][at] += wg[i]", "shared[0][own][at] = wg[i]"),
     # a second launch whose partial norms overwrite the first's
@@ -354,6 +424,9 @@ def test_mutants_are_caught():
     check_step(mutant, make_problem(sizes[::-1], torch.bfloat16, stochastic_rounding=True, density=1.0))
     with pytest.raises(AssertionError):
         check_step(mutant, make_problem(sizes, torch.bfloat16, stochastic_rounding=True, density=1.0))
+    with pytest.raises(AssertionError):
+        check_step(mutant, columns_problem([(40, 20)], torch.float32))
+    check_step(mutant, columns_problem([(40, 20)], torch.float32, torch.float32))
     many = [torch.ones(1, 1) for _ in range(400)]
     with pytest.raises(AssertionError, match="400"):
         check_relevance_of(mutant, many, many)

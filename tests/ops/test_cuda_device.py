@@ -82,13 +82,15 @@ def take_step(problem: Problem, fused: bool) -> list[torch.Tensor]:
     return out
 
 
-def check_step(shapes, dtype, wide, layout, mode, eight_bit, precision, steps):
+def check_step(shapes, dtype, wide, layout, mode, eight_bit, precision, steps, grads_in_rows=False):
     cpu = make_problem(
         shapes, dtype, torch.float32 if wide else dtype, layout, 0.4, compact=mode == "compact", eight_bit=eight_bit,
         master=precision == "master", stochastic_rounding=precision == "stochastic",
         lr=torch.tensor([1e-2]), clip_coef=torch.tensor([0.5]), grad_scale=torch.tensor([4.0]),
         found_inf=torch.tensor([0.0]),
     )  # fmt: skip
+    if grads_in_rows:
+        cpu.grads = [g.contiguous() for g in cpu.grads]
     before = [p.clone() for p in cpu.params]
     gpu = on_device(cpu)
     for number in range(steps):
@@ -123,6 +125,9 @@ def test_every_kernel_once():
             for eight_bit in (False, True):
                 for mode, precision in (("dense", "stochastic"), ("fused", "master")):
                     check_step(shapes, dtype, wide, layout, mode, eight_bit, precision, steps=1)
+        for eight_bit in (False, True):  # of columns
+            check_step([(90, 300), (5, 33)], dtype, wide, "transposed", "dense", eight_bit, "stochastic", steps=1)
+            check_step([(90, 512)], dtype, wide, "transposed", "compact", eight_bit, "master", 1, grads_in_rows=True)
 
 
 @pytest.mark.parametrize("dtype, wide", PAIRS, ids=str)
@@ -141,6 +146,17 @@ def test_sparse_adamw(dtype, layout, mode, eight_bit, precision):
     check_step(SHAPES, dtype, layout == "padded", layout, mode, eight_bit, precision, steps=3)
 
 
+@pytest.mark.parametrize("dtype, wide", PAIRS, ids=str)
+@pytest.mark.parametrize("mode", ["dense", "compact", "fused"])
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("precision", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize("grads_in_rows", [False, True])
+def test_a_step_of_columns(dtype, wide, mode, eight_bit, precision, grads_in_rows):
+    """Down projections: several tiles each way, with ends."""
+    shapes = [(130, 512), (70, 300), (3, 1), (5, 33), (2, 257), (9, 0)]
+    check_step(shapes, dtype, wide, "transposed", mode, eight_bit, precision, 3, grads_in_rows)
+
+
 @pytest.mark.parametrize("columns", [3, 256])
 def test_long_columns_keep_their_precision(columns):
     w, g = torch.ones(20000, columns).to(DEVICE), torch.full((20000, columns), 0.1).to(DEVICE)
@@ -156,6 +172,7 @@ def test_shapes_of_a_real_layer():
     check_relevance(shapes, torch.bfloat16, False, "contiguous", 0)
     check_relevance([(3584, 512)], torch.bfloat16, False, "contiguous", 1)
     check_step(shapes, torch.bfloat16, False, "contiguous", "fused", False, "master", steps=2)
+    check_step([(1894, 3584)], torch.bfloat16, True, "transposed", "compact", False, "master", 2, grads_in_rows=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
