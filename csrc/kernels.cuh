@@ -564,7 +564,8 @@ __device__ __forceinline__ void step_block(const Row<W, G, Tiled>& r, int64_t ba
   W* const w_at = Tiled ? r.w + base % kBlock : r.w + base * wc;
   const G* const g_at = Tiled ? r.g + base % kBlock : r.g + base * gc;
   float w[N], g[N], m[N], v[N];
-  load<W, wide, N, Vector>(w_at, wc, lane, valid, w);
+  // with a master the weight is written, not read; where registers are scarcest the condition would cost a spill
+  if (Fused || (Packed && sizeof(G) == 2) || !item.master) load<W, wide, N, Vector>(w_at, wc, lane, valid, w);
   load<G, wide, N, Vector>(g_at, gc, lane, valid, g);
   if (Fused) add_sums<N>(s, w, g);
   const int64_t at = r.j * item.width + base;
@@ -684,12 +685,13 @@ __device__ __forceinline__ void step_row(const Row<W, G>& r, Sums& s) {
 }
 
 // Blocks that fit a processor together: as many as the registers allow without spilling anything (tests/csrc).
-template <class G, bool Packed>
-constexpr int kStepBlocks = Packed && sizeof(G) == 2 ? 3 : 2;
+template <class G, bool Packed, bool Fused>
+constexpr int kStepBlocks = (Packed ? sizeof(G) == 2 : !Fused) ? 3 : 2;
 
 // One warp a selected row.
 template <class W, class G, bool Packed>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>) sparse_adamw(const __grid_constant__ UpdateArgs args) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed, false>)
+    sparse_adamw(const __grid_constant__ UpdateArgs args) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
   if (warp >= args.total || (args.found_inf && *args.found_inf != 0.0f)) return;
@@ -770,9 +772,10 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_adamw_columns(const __grid
     }
   }
   __syncthreads();
-  if (own < count)
+  if (own < count) {
 #pragma unroll 4
     for (int e = at; e < valid; e += step) w[e * item.w.col_stride] = weights[own * kPitch<W> + e];
+  }
 }
 
 // One block a tensor of columns, after their step.
@@ -784,7 +787,7 @@ __global__ void __launch_bounds__(kThreads) count_steps(const __grid_constant__ 
 
 // One warp a row: its relevance, and its step where it is selected. Weight and gradient are read once.
 template <class W, class G, bool Packed>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed, true>)
     relevance_sparse_adamw(const __grid_constant__ UpdateArgs args) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
