@@ -196,7 +196,8 @@ def test_bad_gradients_spoil_the_same_elements_as_on_the_cpu(bad, dtype, eight_b
         cpu.step("reference")
     for a, b in zip(gpu.params, cpu.params):
         assert torch.equal(a.isnan().cpu(), b.isnan())
-        if bad != bad and dtype != torch.float32:  # the NaN that a processor makes of infinities has a sign of its own
+        # the NaN that a processor makes of infinities has a sign of its own; torch has more than one NaN in bf16
+        if bad != bad and dtype == torch.float16:
             assert torch.equal(a.cpu().view(torch.int16)[b.isnan()], b.view(torch.int16)[b.isnan()])
 
 
