@@ -27,6 +27,8 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "leaml_plugin" / "__init
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11: loads there and later
 NUMERIC_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]  # the same bits on every vector width
+# nvcc contracts multiply and add by default, in one kernel and not in the next; memory is what the kernels wait for
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
 
 
 def find_cuda_home():
@@ -98,7 +100,7 @@ def native_build():
                 depends=headers,
                 extra_compile_args={
                     "cxx": [TORCH_TARGET, "-DUSE_CUDA", "-O3", "-std=c++20"],
-                    "nvcc": [TORCH_TARGET, "-DUSE_CUDA", "-O3", "-std=c++20", "--threads=2", "-Xfatbin=-compress-all"],
+                    "nvcc": [TORCH_TARGET, "-DUSE_CUDA", *NVCC_FLAGS, "--threads=2", "-Xfatbin=-compress-all"],
                 },
                 extra_link_args=["-Wl,--as-needed"],
                 py_limited_api=True,

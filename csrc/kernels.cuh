@@ -1,12 +1,16 @@
 // Device code of the CUDA path: one launch serves all tensors, one warp a row.
 //
-// Covers: relevance of rows and columns, its completion, sparse AdamW, the fusion. The arithmetic is numerics.h.
+// Covers: relevance of rows and columns, its completion, sparse AdamW of rows and of columns, the fusion. The arithmetic
+// is numerics.h.
 // Does not cover: launching and torch (ops_cuda.cu). The tests run this very file on the CPU (tests/csrc).
 // A compiler for the host has to define load_as and store_as, accesses of 4, 8 and 16 bytes, before it includes this.
 //
 // A row is walked in blocks of 256 elements, 8 a lane, which is also the block of an 8-bit state. Where pointers and
 // strides allow, a lane's 8 elements are read and written 16 bytes at a time; else one by one, neighbours on neighbouring
 // lanes. Sums are taken in a fixed order and no atomic is used: results are the same on every run.
+//
+// A neuron that is a column of what lies in memory has its elements far apart, and so has each sector of 32 bytes elements
+// of several neurons: there a block takes neighbouring selected neurons together and turns them in shared memory.
 #pragma once
 
 #include "numerics.h"
@@ -17,6 +21,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerLane = kBlock / kWarp;  // 8
+constexpr int kRun = 64;  // rows of a strip of columns that one running sum takes
 constexpr unsigned kAll = 0xffffffffu;
 
 // Arguments travel by value (at most 32,764 bytes since CUDA 12.1): no copy, no synchronisation, graph capturable.
@@ -56,8 +61,10 @@ struct UpdateItem {
   Sums* sums;         // fusion only
   int64_t width;
   int64_t limit;      // fusion: how many `rows` there are; else what they must stay below
-  int64_t start;      // first warp of this tensor
+  int64_t start;      // first warp of this tensor; of columns, first tile
+  int32_t k;          // columns only: how many `rows` there are
   int32_t index;      // of the tensor in the call: part of the random key
+  int16_t tile;       // columns only: how many of them a tile takes
   bool compact, vector;
 };
 
@@ -90,6 +97,20 @@ static_assert(sizeof(RelevanceArgs) <= 32764, "kernel arguments");
 static_assert(sizeof(UpdateArgs) <= 32764, "kernel arguments");
 static_assert(sizeof(FinishArgs) <= 32764, "kernel arguments");
 
+// Columns are stepped in tiles of 256 of their elements, in shared memory: a tile's neurons are rows there, each beginning
+// on 16 bytes and in other banks than the one before.
+constexpr int kTileBytes = 33792;
+constexpr int kMaxTile = kWarp;
+
+template <class T>
+constexpr int kPitch = kBlock + 16 / int(sizeof(T));
+
+// How many neurons fit a tile: 32 or 16, with their gradients in it or not (host).
+inline int tile_of(int64_t weight_bytes, int64_t gradient_bytes, bool staged) {
+  const int64_t row = kBlock * weight_bytes + 16 + (staged ? kBlock * gradient_bytes + 16 : 0);
+  return row * kMaxTile <= kTileBytes ? kMaxTile : kMaxTile / 2;
+}
+
 // Whether rows can be read 16 bytes at a time from their first element on (host).
 inline bool rows_aligned(const void* data, int64_t row_stride, int64_t col_stride, int64_t element) {
   return col_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * element % 16 == 0;
@@ -114,6 +135,11 @@ __device__ __forceinline__ void store_as<uint4>(void* p, const uint4& x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
                : "memory");
+}
+
+template <class V>
+__device__ __forceinline__ void store_shared(void* p, const V& x) {
+  *static_cast<V*>(p) = x;
 }
 #endif
 
@@ -191,9 +217,14 @@ __device__ __forceinline__ void load(const T* p, int stride, int lane, int valid
   }
 }
 
-template <class T, bool Wide, int N, bool Vector>
+template <class T, bool Wide, int N, bool Vector, bool Shared = false>
 __device__ __forceinline__ void store(T* p, int stride, int lane, int valid, const T* values) {
-  if constexpr (Vector) {
+  if constexpr (Vector && Shared) {
+    uint4 raw[2];
+    memcpy(raw, values, N * sizeof(T));
+    store_shared(p + quad<Wide>(lane, 0), raw[0]);
+    if constexpr (sizeof(T) == 4) store_shared(p + quad<Wide>(lane, 1), raw[1]);
+  } else if constexpr (Vector) {
     uint4 raw;
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -356,33 +387,42 @@ __global__ void __launch_bounds__(kThreads, sizeof(G) == 4 ? 4 : 5) relevance_ro
   if (lane == 0) part.sums[row] = s;
 }
 
-// The sums of one strip of columns over this warp's rows, left in shared memory.
+// The sums of one strip of columns over this warp's rows, left in shared memory. A running sum loses what is small beside
+// it, so that it starts anew every kRun rows; what it was is added up in shared memory, where there is room.
 template <class W, class G, bool Vector>
 __device__ __forceinline__ void strip_sums(const RelevancePart& part, int64_t column, int own, int lane, int valid,
                                            float (*shared)[kWarps][kBlock]) {
   constexpr bool wide = sizeof(W) == 4 && sizeof(G) == 4;
-  float wg[kPerLane] = {}, abs_wg[kPerLane] = {}, gg[kPerLane] = {};
-  const W* w = at_row<W>(part.w, own) + column * part.w.col_stride;
-  const G* g = at_row<G>(part.g, own) + column * part.g.col_stride;
-#pragma unroll(Vector ? 2 : 1)
-  for (int64_t row = own; row < part.width; row += kWarps) {
-    float a[kPerLane], b[kPerLane];
-    load<W, wide, kPerLane, Vector>(w, part.w.col_stride, lane, valid, a);
-    load<G, wide, kPerLane, Vector>(g, part.g.col_stride, lane, valid, b);
-    w += kWarps * part.w.row_stride;
-    g += kWarps * part.g.row_stride;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float p = a[i] * b[i];
-      wg[i] += p;
-      abs_wg[i] += fabsf(p);
-      gg[i] += b[i] * b[i];
-    }
-  }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int at = position<wide, Vector>(lane, i);
-    shared[0][own][at] = wg[i], shared[1][own][at] = abs_wg[i], shared[2][own][at] = gg[i];
+    shared[0][own][at] = shared[1][own][at] = shared[2][own][at] = 0.0f;
+  }
+  const W* w = at_row<W>(part.w, own) + column * part.w.col_stride;
+  const G* g = at_row<G>(part.g, own) + column * part.g.col_stride;
+  for (int64_t row = own; row < part.width;) {
+    const int64_t stop = part.width - row < kRun * kWarps ? part.width : row + kRun * kWarps;
+    float wg[kPerLane] = {}, abs_wg[kPerLane] = {}, gg[kPerLane] = {};
+#pragma unroll(Vector ? 2 : 1)
+    for (; row < stop; row += kWarps) {
+      float a[kPerLane], b[kPerLane];
+      load<W, wide, kPerLane, Vector>(w, part.w.col_stride, lane, valid, a);
+      load<G, wide, kPerLane, Vector>(g, part.g.col_stride, lane, valid, b);
+      w += kWarps * part.w.row_stride;
+      g += kWarps * part.g.row_stride;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float p = a[i] * b[i];
+        wg[i] += p;
+        abs_wg[i] += fabsf(p);
+        gg[i] += b[i] * b[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int at = position<wide, Vector>(lane, i);
+      shared[0][own][at] += wg[i], shared[1][own][at] += abs_wg[i], shared[2][own][at] += gg[i];
+    }
   }
 }
 
@@ -484,8 +524,9 @@ __device__ __forceinline__ float block_scale(uint32_t largest) {
   return bits_float(largest < 0x7f800000u ? largest : 0x7fc00000u);
 }
 
-// A selected row and what stays the same along it.
-template <class W, class G>
+// A selected row and what stays the same along it. Tiled: of a tile, whose first element `w` and `g` point to; else they
+// point to the row's.
+template <class W, class G, bool Tiled = false>
 struct Row {
   const UpdateItem& item;
   const Hyper& hyper;
@@ -494,6 +535,9 @@ struct Row {
   W* w;
   const G* g;
   int lane;
+
+  __device__ __forceinline__ int w_stride() const { return Tiled ? 1 : item.w.col_stride; }
+  __device__ __forceinline__ int g_stride() const { return Tiled ? 1 : item.g.col_stride; }
 };
 
 __device__ __forceinline__ int64_t first_block(const UpdateItem& item, int64_t j) {
@@ -501,8 +545,8 @@ __device__ __forceinline__ int64_t first_block(const UpdateItem& item, int64_t j
 }
 
 // What the weight itself becomes: its master's rounding, or the step's own.
-template <class W, class G>
-__device__ __forceinline__ void round_weight(const Row<W, G>& r, float w, int64_t column, W& out) {
+template <class W, class G, bool Tiled>
+__device__ __forceinline__ void round_weight(const Row<W, G, Tiled>& r, float w, int64_t column, W& out) {
   if (r.hyper.stochastic && !r.item.master)
     round_stochastically(w, random_bits(r.call.key, uint32_t(column), kWeightStream), out);
   else
@@ -510,17 +554,19 @@ __device__ __forceinline__ void round_weight(const Row<W, G>& r, float w, int64_
 }
 
 // N x 32 elements of a selected row from `base` on. Fused: adds their relevance to `s`. 8-bit states take whole blocks.
-template <class W, class G, bool Packed, bool Fused, int N, bool Vector>
-__device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, Sums& s) {
+template <class W, class G, bool Packed, bool Fused, int N, bool Vector, bool Tiled>
+__device__ __forceinline__ void step_block(const Row<W, G, Tiled>& r, int64_t base, Sums& s) {
   static_assert(Vector || !Packed);
   constexpr bool wide = sizeof(W) == 4 && sizeof(G) == 4;
   const UpdateItem& item = r.item;
   const int lane = r.lane, valid = valid_in(N * kWarp, item.width, base);
-  const int wc = Vector ? 1 : item.w.col_stride, gc = Vector ? 1 : item.g.col_stride;
-  W* const w_at = r.w + base * wc;
+  const int wc = Vector ? 1 : r.w_stride(), gc = Vector ? 1 : r.g_stride();
+  W* const w_at = Tiled ? r.w + base % kBlock : r.w + base * wc;
+  const G* const g_at = Tiled ? r.g + base % kBlock : r.g + base * gc;
   float w[N], g[N], m[N], v[N];
-  load<W, wide, N, Vector>(w_at, wc, lane, valid, w);
-  load<G, wide, N, Vector>(r.g + base * gc, gc, lane, valid, g);
+  // with a master the weight is written, not read; where registers are scarcest the condition would cost a spill
+  if (Fused || (Packed && sizeof(G) == 2) || !item.master) load<W, wide, N, Vector>(w_at, wc, lane, valid, w);
+  load<G, wide, N, Vector>(g_at, gc, lane, valid, g);
   if (Fused) add_sums<N>(s, w, g);
   const int64_t at = r.j * item.width + base;
   const int64_t block = r.block + base / kBlock;
@@ -545,7 +591,7 @@ __device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, Sum
   W stored[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) round_weight(r, w[i], base + position<wide, Vector>(lane, i), stored[i]);
-  store<W, wide, N, Vector>(w_at, wc, lane, valid, stored);
+  store<W, wide, N, Vector, Tiled>(w_at, wc, lane, valid, stored);
   if constexpr (Packed) {
     uint32_t m_largest = 0, v_largest = 0;
 #pragma unroll
@@ -585,13 +631,13 @@ __device__ __forceinline__ void step_block(const Row<W, G>& r, int64_t base, Sum
 // Up to 256 elements of a selected row with 8-bit states, one by one: where nothing is aligned, and at a row's end. The
 // scale of a block is known after its last element only, so the moments are worked out twice; kept between, they would
 // take more registers than all the rest.
-template <class W, class G, bool Fused>
-__device__ __forceinline__ void step_packed_elements(const Row<W, G>& r, int64_t base, Sums& s) {
+template <class W, class G, bool Fused, bool Tiled>
+__device__ __forceinline__ void step_packed_elements(const Row<W, G, Tiled>& r, int64_t base, Sums& s) {
   const UpdateItem& item = r.item;
-  const int valid = valid_in(kBlock, item.width, base), wc = item.w.col_stride, gc = item.g.col_stride;
+  const int valid = valid_in(kBlock, item.width, base), wc = r.w_stride(), gc = r.g_stride();
   const int64_t at = r.j * item.width + base, block = r.block + base / kBlock;
-  W* const w_at = r.w + base * wc;
-  const G* const g_at = r.g + base * gc;
+  W* const w_at = Tiled ? r.w + base % kBlock : r.w + base * wc;
+  const G* const g_at = Tiled ? r.g + base % kBlock : r.g + base * gc;
   uint8_t* const m_code = static_cast<uint8_t*>(item.m) + at;
   uint8_t* const v_code = static_cast<uint8_t*>(item.v) + at;
   const float m_scale = item.m_scale[block], v_scale = item.v_scale[block];
@@ -639,12 +685,13 @@ __device__ __forceinline__ void step_row(const Row<W, G>& r, Sums& s) {
 }
 
 // Blocks that fit a processor together: as many as the registers allow without spilling anything (tests/csrc).
-template <class G, bool Packed>
-constexpr int kStepBlocks = Packed && sizeof(G) == 2 ? 3 : 2;
+template <class G, bool Packed, bool Fused>
+constexpr int kStepBlocks = (Packed ? sizeof(G) == 2 : !Fused) ? 3 : 2;
 
 // One warp a selected row.
 template <class W, class G, bool Packed>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>) sparse_adamw(const __grid_constant__ UpdateArgs args) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed, false>)
+    sparse_adamw(const __grid_constant__ UpdateArgs args) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;
   if (warp >= args.total || (args.found_inf && *args.found_inf != 0.0f)) return;
@@ -665,9 +712,82 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>) sparse_adamw
   if (lane == 0) item.step[j] = r.call.t;
 }
 
+// From memory into a tile, neurons on neighbouring lanes: `from` is the tile's first element of the calling thread's neuron.
+template <class T>
+__device__ __forceinline__ void stage(T* tile, const T* from, int stride, int first, int step, int valid) {
+  constexpr int kFlight = 8;
+  for (int begin = first; begin < valid; begin += kFlight * step) {
+    T x[kFlight];
+#pragma unroll
+    for (int i = 0; i < kFlight; ++i)
+      if (begin + i * step < valid) x[i] = from[(begin + i * step) * stride];
+#pragma unroll
+    for (int i = 0; i < kFlight; ++i)
+      if (begin + i * step < valid) tile[begin + i * step] = x[i];
+  }
+}
+
+// One block a tile: `item.tile` selected neurons that are columns in memory, 256 elements of each. Weights, and gradients
+// that lie like them, are moved with neurons on neighbouring lanes, so that a sector that several neurons share moves
+// once; states and the step are a row's. A neuron's tiles read its step count, which count_steps raises after them.
+template <class W, class G, bool Packed>
+__global__ void __launch_bounds__(kThreads, 2) sparse_adamw_columns(const __grid_constant__ UpdateArgs args) {
+  __shared__ uint4 tile[kTileBytes / 16];
+  __shared__ Call calls[kMaxTile];
+  if (args.found_inf && *args.found_inf != 0.0f) return;
+  const int thread = int(threadIdx.x);
+  const UpdateItem& item = args.items[find(args.items, args.count, int64_t(blockIdx.x))];
+  const int64_t groups = (item.k + item.tile - 1) / item.tile, number = int64_t(blockIdx.x) - item.start;
+  // neighbouring neurons one after another: they share sectors where one tile ends and the next begins
+  const int64_t first = number % groups * item.tile, base = number / groups * kBlock;
+  const int count = valid_in(item.tile, item.k, first), valid = valid_in(kBlock, item.width, base);
+  W* const weights = reinterpret_cast<W*>(tile);
+  G* const grads = reinterpret_cast<G*>(weights + item.tile * kPitch<W>);
+  const bool staged = item.g.col_stride != 1;  // else a row of gradients is read where it is
+
+  const int own = thread % item.tile, at = thread / item.tile, step = kThreads / item.tile;  // this thread's when staging
+  const int64_t row = own < count ? item.rows[first + own] : 0;
+  if (uint64_t(row) >= uint64_t(item.limit)) __trap();
+  W* const w = reinterpret_cast<W*>(item.w.data) + row * item.w.row_stride + base * item.w.col_stride;
+  if (thread < count) calls[thread] = call_of(args, item, first + thread, row);
+  if (own < count) {
+    if (!item.master) stage(weights + own * kPitch<W>, w, item.w.col_stride, at, step, valid);
+    if (staged)
+      stage(grads + own * kPitch<G>, at_row<G>(item.g, item.compact ? first + own : row) + base * item.g.col_stride,
+            item.g.col_stride, at, step, valid);
+  }
+  __syncthreads();
+  Sums unused{};
+  for (int i = thread / kWarp; i < count; i += kWarps) {
+    const int64_t j = first + i;
+    const G* const g = staged ? grads + i * kPitch<G> : at_row<G>(item.g, item.compact ? j : item.rows[j]) + base;
+    const Row<W, G, true> r{
+        item, args.hyper, calls[i], j, first_block(item, j), weights + i * kPitch<W>, g, thread % kWarp};
+    if (item.vector && valid == kBlock) {
+      step_block<W, G, Packed, false, kPerLane, true>(r, base, unused);
+    } else if constexpr (Packed) {
+      step_packed_elements<W, G, false>(r, base, unused);
+    } else {
+      for (int e = 0; e < valid; e += kWarp) step_block<W, G, Packed, false, 1, false>(r, base + e, unused);
+    }
+  }
+  __syncthreads();
+  if (own < count) {
+#pragma unroll 4
+    for (int e = at; e < valid; e += step) w[e * item.w.col_stride] = weights[own * kPitch<W> + e];
+  }
+}
+
+// One block a tensor of columns, after their step.
+__global__ void __launch_bounds__(kThreads) count_steps(const __grid_constant__ UpdateArgs args) {
+  if (args.found_inf && *args.found_inf != 0.0f) return;
+  const UpdateItem& item = args.items[blockIdx.x];
+  for (int j = int(threadIdx.x); j < item.k; j += kThreads) item.step[j] += 1.0f;
+}
+
 // One warp a row: its relevance, and its step where it is selected. Weight and gradient are read once.
 template <class W, class G, bool Packed>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed>)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<G, Packed, true>)
     relevance_sparse_adamw(const __grid_constant__ UpdateArgs args) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp;

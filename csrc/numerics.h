@@ -16,6 +16,11 @@
 #define LEAML_HD inline __attribute__((always_inline))
 #endif
 
+// What a GPU works out in another way than the CPU though a CPU could: the tests of device code run that too.
+#if defined(__CUDA_ARCH__) && !defined(LEAML_DEVICE_ARITHMETIC)
+#define LEAML_DEVICE_ARITHMETIC
+#endif
+
 namespace leaml {
 
 constexpr int kBlock = 256;  // elements that share one scale of an 8-bit state
@@ -73,7 +78,7 @@ LEAML_HD float to_float(fp16 x) {
 #endif
 }
 
-// Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch: fp16 keeps its sign.
+// Round to nearest, ties to even; NaN becomes the canonical quiet NaN, as in PyTorch on the CPU: fp16 keeps its sign.
 LEAML_HD void from_float(float x, float& out) { out = x; }
 
 LEAML_HD void from_float(float x, bf16& out) {
@@ -84,7 +89,10 @@ LEAML_HD void from_float(float x, bf16& out) {
 
 LEAML_HD void from_float(float x, fp16& out) {
 #if defined(__CUDA_ARCH__)
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  // the instruction's own NaN is 0x7fff
+  out.bits = x != x ? uint16_t(0x7e00u | (float_bits(x) >> 16 & 0x8000u)) : half;
 #else
   const uint32_t raw = float_bits(x);
   const uint32_t sign = raw & 0x80000000u;
@@ -221,16 +229,16 @@ struct RowCoefficients {  // of one row at its step
 LEAML_HD RowCoefficients row_coefficients(const Hyper& h, double lr, float step) {
   RowCoefficients c;
   // expm1 keeps 1 - beta^t exact to the last bits where beta^t is next to 1
-#if defined(__CUDA_ARCH__)
-  const float correction1 = -expm1f(step * float(h.log_beta1));  // doubles are slow there
-  const float correction2 = -expm1f(step * float(h.log_beta2));
+#if defined(LEAML_DEVICE_ARITHMETIC)
+  // doubles are slow there, and no more exact by much: expm1 of a negative number never enlarges its relative error
+  const float correction1 = -expm1f(step * float(h.log_beta1));
+  c.inverse_root2 = 1.0f / sqrtf(-expm1f(step * float(h.log_beta2)));
 #else
   const double correction1 = -expm1(double(step) * h.log_beta1);
-  const double correction2 = -expm1(double(step) * h.log_beta2);
+  c.inverse_root2 = float(1.0 / sqrt(-expm1(double(step) * h.log_beta2)));
 #endif
   c.decay = float(1.0 - lr * h.weight_decay);
   c.step_size = float(lr / double(correction1));
-  c.inverse_root2 = float(1 / sqrt(correction2));
   return c;
 }
 

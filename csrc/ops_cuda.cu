@@ -214,35 +214,44 @@ struct Scalars {
   const float *lr, *clip, *scale, *found_inf;
 };
 
-// `packed`: 8-bit states. Not seen by a tensor's scales, of which a row without elements has none.
-void launch_updates(const Device& device, const std::vector<Update>& updates, bool packed, const Hyper& hyper,
-                    const Scalars& scalars, const Workspace* work) {
+// Whether a weight's neurons are columns of what lies in memory.
+bool of_columns(const Update& u) { return u.w.row_stride < u.w.col_stride && u.w.rows > 1; }
+
+enum class Pass { rows, columns, fusion };
+
+// The step of `updates` that `wanted` tells. `packed`: 8-bit states. Not seen by a tensor's scales, of which a row
+// without elements has none.
+template <class F>
+void launch_updates(const Device& device, const std::vector<Update>& updates, Pass pass, bool packed, const Hyper& hyper,
+                    const Scalars& scalars, const Workspace* work, const F& wanted) {
   auto args = std::make_unique<cuda::UpdateArgs>();
   args->hyper = hyper;
   args->lr = scalars.lr;
   args->clip = scalars.clip;
   args->scale = scalars.scale;
   args->found_inf = scalars.found_inf;
-  for (const Update& u : updates) view_of(u.w), view_of(u.g);  // whatever is refused is refused before the first launch
   // the longest rows first: started last, a few of them would run alone at the end
   std::vector<size_t> order(updates.size());
   std::iota(order.begin(), order.end(), size_t(0));
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return updates[a].width > updates[b].width; });
   for (const auto& [w, g] : kPairs) {
     auto flush = [&] {
-      if (args->total > 0)
+      if (args->count > 0)
         dispatch(w, g, [&](auto wt, auto gt) {
           using W = decltype(wt);
           using G = decltype(gt);
-          const unsigned blocks = blocks_for(args->total, kWarps);
-          if (work && packed)
-            launch(device, blocks, cuda::relevance_sparse_adamw<W, G, true>, *args);
-          else if (work)
-            launch(device, blocks, cuda::relevance_sparse_adamw<W, G, false>, *args);
-          else if (packed)
-            launch(device, blocks, cuda::sparse_adamw<W, G, true>, *args);
-          else
-            launch(device, blocks, cuda::sparse_adamw<W, G, false>, *args);
+          const auto start = [&](int64_t per_block, auto on_floats, auto on_codes) {
+            if (args->total > 0)
+              launch(device, blocks_for(args->total, per_block), packed ? on_codes : on_floats, *args);
+          };
+          if (pass == Pass::fusion) {
+            start(kWarps, cuda::relevance_sparse_adamw<W, G, false>, cuda::relevance_sparse_adamw<W, G, true>);
+          } else if (pass == Pass::rows) {
+            start(kWarps, cuda::sparse_adamw<W, G, false>, cuda::sparse_adamw<W, G, true>);
+          } else {
+            start(1, cuda::sparse_adamw_columns<W, G, false>, cuda::sparse_adamw_columns<W, G, true>);
+            launch(device, unsigned(args->count), cuda::count_steps, *args);
+          }
         });
       args->total = 0;
       args->count = 0;
@@ -251,8 +260,8 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, bo
     args->count = 0;
     for (size_t i : order) {
       const Update& u = updates[i];
-      const int64_t warps = work ? u.w.rows : u.k;
-      if (u.w.dtype != w || u.g.dtype != g || warps == 0) continue;
+      const int64_t rows = pass == Pass::fusion ? u.w.rows : u.k;
+      if (u.w.dtype != w || u.g.dtype != g || rows == 0 || !wanted(u)) continue;
       if (args->count == cuda::kMaxUpdates) flush();
       const int64_t state_bytes = u.width * (packed ? 1 : 4);
       cuda::UpdateItem item{};
@@ -265,19 +274,55 @@ void launch_updates(const Device& device, const std::vector<Update>& updates, bo
       item.v_scale = u.v_scale;
       item.master = u.master;
       item.step = u.step;
-      item.sums = work ? work->sums[i] : nullptr;
+      item.sums = pass == Pass::fusion ? work->sums[i] : nullptr;
       item.width = u.width;
-      item.limit = work ? u.k : u.w.rows;
+      item.limit = pass == Pass::fusion ? u.k : u.w.rows;
       item.start = args->total;
       item.index = int32_t(i);
       item.compact = u.compact;
-      item.vector = aligned(u.w) && aligned(u.g) && aligned(u.m, state_bytes) && aligned(u.v, state_bytes) &&
-                    aligned(u.master, u.width * 4);
+      item.vector = aligned(u.m, state_bytes) && aligned(u.v, state_bytes) && aligned(u.master, u.width * 4);
+      if (pass == Pass::columns) {
+        const bool staged = u.g.col_stride != 1;  // into shared memory, like the weight, which is aligned there
+        item.k = int32_t(u.k);
+        item.tile = int16_t(cuda::tile_of(bytes(w), bytes(g), staged));
+        item.vector = item.vector && (staged || aligned(u.g));
+        args->total += (u.k + item.tile - 1) / item.tile * ((u.width + kBlock - 1) / kBlock);
+      } else {
+        item.vector = item.vector && aligned(u.w) && aligned(u.g);
+        args->total += rows;
+      }
       args->items[args->count++] = item;
-      args->total += warps;
     }
     flush();
   }
+}
+
+// Whatever is refused is refused before the first launch.
+void check_updates(const std::vector<Update>& updates) {
+  for (const Update& u : updates) {
+    view_of(u.w), view_of(u.g);
+    STD_TORCH_CHECK(!of_columns(u) || u.k < 0x7fffffff, "rows: wanted less than 2^31 of a transposed weight, got ", u.k);
+  }
+}
+
+// The step of all tensors: those of rows in one launch, those of columns in another, for each pair of dtypes.
+void launch_steps(const Device& device, const std::vector<Update>& updates, bool packed, const Hyper& hyper,
+                  const Scalars& scalars) {
+  launch_updates(device, updates, Pass::rows, packed, hyper, scalars, nullptr, [](auto& u) { return !of_columns(u); });
+  launch_updates(device, updates, Pass::columns, packed, hyper, scalars, nullptr, of_columns);
+}
+
+// The fusion of all tensors. A weight and gradient of columns are read as the two parts by themselves read them, all of
+// both for the relevance and then the selected columns for the step: joined, they would be read 2 or 4 bytes at a time.
+void launch_fusion(const Device& device, const std::vector<Update>& updates, bool packed, const Hyper& hyper,
+                   const Scalars& scalars, const Workspace& work) {
+  const auto apart = [](const Update& u) { return of_columns(u) && u.g.row_stride < u.g.col_stride; };
+  std::vector<Part> parts(updates.size());  // those that stay as they are have no neurons
+  for (size_t i = 0; i < updates.size(); ++i)
+    if (apart(updates[i])) parts[i] = {updates[i].w.transposed(), updates[i].g.transposed(), 1, int(i)};
+  launch_relevance(device, parts, work);
+  launch_updates(device, updates, Pass::columns, packed, hyper, scalars, nullptr, apart);
+  launch_updates(device, updates, Pass::fusion, packed, hyper, scalars, &work, [&](auto& u) { return !apart(u); });
 }
 
 void sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps,
@@ -294,7 +339,8 @@ void sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_
                         scalar_of(clip_coef, "clip_coef", kOnDevice, device.index),
                         scalar_of(grad_scale, "grad_scale", kOnDevice, device.index),
                         scalar_of(found_inf, "found_inf", kOnDevice, device.index)};
-  launch_updates(device, updates, !exp_avg_scale.empty(), hyper, scalars, nullptr);
+  check_updates(updates);
+  launch_steps(device, updates, !exp_avg_scale.empty(), hyper, scalars);
 }
 
 Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
@@ -309,6 +355,7 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   const std::vector<Output> outputs = outputs_of(out, criteria, kOnDevice, device.index);
   const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
                                                  exp_avg_sq_scale, masters, true, kOnDevice, device.index);
+  check_updates(updates);
   std::vector<int64_t> neurons;
   std::vector<int> slots;
   for (size_t i = 0; i < updates.size(); ++i) {
@@ -323,7 +370,7 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   const float* skip = scalar_of(found_inf, "found_inf", kOnDevice, device.index);
   const Scalars scalars{scalar_of(lr_tensor, "lr", kOnDevice, device.index),
                         scalar_of(clip_coef, "clip_coef", kOnDevice, device.index), scale, skip};
-  launch_updates(device, updates, !exp_avg_scale.empty(), hyper, scalars, &work);
+  launch_fusion(device, updates, !exp_avg_scale.empty(), hyper, scalars, work);
   return finish(device, slots, work, outputs, criteria, scale, skip);
 }
 

@@ -201,4 +201,8 @@ void store_as(void* p, const V& x) {
   check_alignment<V>(p);
   memcpy(p, &x, sizeof(V));
 }
+template <class V>
+void store_shared(void* p, const V& x) {
+  store_as(p, x);
+}
 }  // namespace leaml::cuda

@@ -25,9 +25,12 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("c++")
 
 
-def build(cache: Path, mutants: Sequence[tuple[str, str]] = (), sanitize: bool = False) -> Emulated:
+def build(
+    cache: Path, mutants: Sequence[tuple[str, str]] = (), sanitize: bool = False, device_arithmetic: bool = False
+) -> Emulated:
     """csrc/ops_cuda.cu and csrc/kernels.cuh for the CPU, optionally with some lines changed. Cached by content.
 
+    ``device_arithmetic``: with what a GPU works out in another way (fp32 in place of fp64), so not bit for bit.
     ``sanitize``: with the address and undefined-behaviour sanitizers, whose runtimes the process has to begin with.
     """
     sources = {path.name: path.read_text() for path in sorted((ROOT / "csrc").glob("*.h"))}
@@ -41,6 +44,8 @@ def build(cache: Path, mutants: Sequence[tuple[str, str]] = (), sanitize: bool =
         sources[places[0]] = sources[places[0]].replace(old, new)
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    if device_arithmetic:
+        flags += ["-DLEAML_DEVICE_ARITHMETIC"]
     if sanitize:  # without the checks of the stack, which fibers change under the sanitizer's feet
         flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
     key = hashlib.sha256(repr((sorted(sources.items()), flags, torch.__version__, sys.version)).encode()).hexdigest()
@@ -75,6 +80,13 @@ class Emulated:
         self.native.leaml_vector_accesses.restype = ctypes.c_long
         self.native.leaml_launches.restype = ctypes.c_long
         self.native.leaml_broken_barrier.restype = ctypes.c_char_p
+        self.native.leaml_row_coefficients.argtypes = [ctypes.c_double] * 4 + [ctypes.c_float, ctypes.c_void_p]
+
+    def row_coefficients(self, lr: float, betas: tuple[float, float], decay: float, step: float) -> list[float]:
+        """1 - lr * decay, lr / (1 - beta1^t), sqrt(1 - beta2^t) as the kernels have them."""
+        out = (ctypes.c_float * 3)()
+        self.native.leaml_row_coefficients(lr, *betas, decay, step, out)
+        return list(out)
 
     def relevance_(
         self, weights, grads, out, criteria=(0, 1, 2, 3), dims=0, slots=None, grad_scale=None, found_inf=None

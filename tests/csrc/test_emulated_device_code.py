@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import emulated
@@ -28,6 +30,11 @@ fewer = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture(scope="session")
 def device():
     return emulated.build(CACHE)
+
+
+@pytest.fixture(scope="session")
+def device_in_fp32():
+    return emulated.build(CACHE, device_arithmetic=True)
 
 
 def check_relevance(device, shape_list, dtype, grad_dtype, layout, dim, seed=0):
@@ -66,6 +73,39 @@ def check_step(device, problem, fused=False, steps=2):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.9999), (0.0, 0.9), (0.99, 0.0)])
+def test_the_coefficients_in_the_arithmetic_of_a_gpu(device, device_in_fp32, betas):
+    """fp32 there, fp64 on the CPU; both against exact ones over 1 to 1,000,000 steps."""
+    lr, decay = 3e-4, 0.1
+    differ = False
+
+    def rest(beta, step):  # of 1
+        return 1 - Fraction(beta) ** step if step < 300 or not beta else -math.expm1(step * math.log(beta))
+
+    for step in sorted({*range(1, 300), *(int(1.07**i) for i in range(84, 205)), 10**6}):
+        wanted = [1 - lr * decay, lr / rest(betas[0], step), math.sqrt(rest(betas[1], step))]
+        for which, bound in ((device, 1e-7), (device_in_fp32, 3e-7)):
+            got = which.row_coefficients(lr, betas, decay, step)
+            assert got == pytest.approx(wanted, rel=bound, abs=0), (step, which is device)
+        differ |= got != device.row_coefficients(lr, betas, decay, step)
+    assert differ == any(betas)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_steps_in_the_arithmetic_of_a_gpu(device_in_fp32, fused, eight_bit):
+    problem = make_problem([(9, 300), (17, 512)], density=0.5, eight_bit=eight_bit)
+    for state, age in zip(problem.states, (0, 12_345)):
+        state["step"] += age + torch.arange(len(state["step"]))
+    twin = problem.copy()
+    for _ in range(3):
+        device_in_fp32.step(problem, fused)
+        twin.step("reference")
+    assert not all(torch.equal(a, b) for a, b in zip(problem.params, twin.params))
+    for got, wanted in zip(problem.tensors(), twin.tensors()):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
 @fewer
 @given(
     shape_list=st.lists(small_shapes, min_size=1, max_size=3),
@@ -76,6 +116,23 @@ def check_step(device, problem, fused=False, steps=2):
 )
 def test_relevance(device, shape_list, dtype, wide_grad, layout, dim):
     check_relevance(device, shape_list, dtype, torch.float32 if wide_grad else dtype, layout, dim)
+
+
+@pytest.mark.parametrize("columns", [3, 256])  # one by one, and 16 bytes at a time
+def test_long_columns_keep_their_precision(device, columns):
+    """One running fp32 sum of each warp's rows is off by 2e-5."""
+    w, g, out = torch.ones(20000, columns), torch.full((20000, columns), 0.1), torch.zeros(3, columns)
+    device.relevance_([w], [g], [out], [0, 1, 2], dims=1)
+    tenth = g[0, 0].double()
+    for got, each in zip(out.double(), (tenth, tenth, tenth**2)):
+        torch.testing.assert_close(got, (20000 * each).expand(columns), rtol=2e-6, atol=0)
+
+
+def test_long_rows_keep_their_precision(device):
+    """A lane adds up a 32nd of a row."""
+    w, g, out = torch.ones(2, 20000), torch.full((2, 20000), 0.1), torch.zeros(2)
+    device.relevance_([w], [g], [out.unsqueeze(0)], [0])
+    torch.testing.assert_close(out.double(), (20000 * g[0, 0].double()).expand(2), rtol=1e-5, atol=0)
 
 
 @fewer
@@ -261,6 +318,74 @@ def test_aligned_rows_use_16_byte_accesses_and_others_do_not(device, dtype):
     assert device.native.leaml_vector_accesses() == before
 
 
+def columns_problem(shape_list, dtype, compact_dtype=None, density=0.5, **options):
+    """Weights whose neurons are columns in memory; their gradients too, or compact ones of a dtype in rows."""
+    grad = compact_dtype or dtype
+    problem = make_problem(shape_list, dtype, grad, "transposed", density, compact=bool(compact_dtype), **options)
+    if compact_dtype:
+        problem.grads = [g.contiguous() for g in problem.grads]
+    return problem
+
+
+@pytest.mark.parametrize("compact_dtype", [None, "own", torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("precision", ["nearest", "stochastic", "master"])
+def test_columns_are_stepped_in_tiles(device, dtype, compact_dtype, eight_bit, precision):
+    """More neurons and longer ones than a tile takes, less, none; rows beside columns in one call."""
+    options = {
+        "eight_bit": eight_bit,
+        "master": precision == "master",
+        "stochastic_rounding": precision == "stochastic",
+        "lr": torch.tensor([2e-3]),
+        "clip_coef": torch.tensor([0.3]),
+        "grad_scale": torch.tensor([3.0]),
+        "found_inf": torch.tensor([0.0]),
+    }
+    compact_dtype = dtype if compact_dtype == "own" else compact_dtype
+    shapes = [(130, 512), (70, 300), (3, 1), (5, 33), (2, 257), (9, 0)]
+    problem = columns_problem(shapes, dtype, compact_dtype, **options)
+    problem.params[2] = problem.params[2].contiguous()
+    before = device.native.leaml_launches()
+    check_step(device, problem, steps=3)
+    assert device.native.leaml_launches() == before + 3 * 3  # rows, columns, their step counts
+    problem.options["found_inf"] = torch.tensor([1.0])
+    unchanged = problem.copy()
+    device.step(problem)
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), unchanged.tensors()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_the_fusion_takes_columns_beside_rows(device, dtype, eight_bit):
+    """Weights and gradients of columns; of columns and rows; of rows and columns; of rows."""
+    problem = columns_problem([(40, 300), (17, 256), (9, 64), (9, 300)], dtype, eight_bit=eight_bit)
+    problem.grads[1] = problem.grads[1].contiguous()
+    problem.params[2] = problem.params[2].contiguous()
+    problem.params[3], problem.grads[3] = problem.params[3].contiguous(), problem.grads[3].contiguous()
+    check_step(device, problem, fused=True)
+
+
+def test_columns_leave_their_states_to_16_byte_accesses(device):
+    problem = columns_problem([(64, 512)], torch.bfloat16, torch.float32, master=True)
+    before = device.native.leaml_vector_accesses()
+    device.step(problem)
+    rows, lanes, blocks = 32, 32, 2
+    # moments and master are fp32: two accesses each way; the gradient is read, the weight written to shared memory
+    assert device.native.leaml_vector_accesses() - before == rows * lanes * blocks * (3 * 4 + 2 + 1)
+
+
+def test_a_column_out_of_range_is_an_error_and_touches_nothing(device):
+    problem = columns_problem([(90, 300)], torch.float32, density=0.5)
+    problem.rows[0][-1] = 90
+    before = problem.copy()
+    with pytest.raises(RuntimeError, match="stopped itself"):
+        device.step(problem)
+    assert torch.equal(problem.states[0]["step"], before.states[0]["step"])
+    last = slice(32, None)  # the tile of the bad one, its first block
+    assert torch.equal(problem.states[0]["exp_avg"][last], before.states[0]["exp_avg"][last])
+
+
 def test_the_emulation_sees_a_barrier_that_not_all_lanes_reach(device):
     assert b"barrier" in device.native.leaml_broken_barrier()
 
@@ -274,6 +399,10 @@ MUTANTS = (
     ("item.compact ? j : row", "item.compact ? row : j"),
     # random numbers that depend on the order of the launch
     ("item.index = int32_t(i)", "item.index = int32_t(args->count)"),
+    # tiles that lie apart though they take half as many neurons
+    ("first = number % groups * item.tile", "first = number % groups * kMaxTile"),
+    # columns whose sums start anew and are not kept
+    ("shared[0][own][at] += wg[i]", "shared[0][own][at] = wg[i]"),
     # a second launch whose partial norms overwrite the first's
     ("    used += blocks;\n", ""),
 )
@@ -284,6 +413,8 @@ def test_mutants_are_caught():
     mutant = emulated.build(CACHE, MUTANTS)
     with pytest.raises(AssertionError):
         check_relevance(mutant, [(5, 300)], torch.float32, torch.float32, "contiguous", 0)
+    with pytest.raises(AssertionError):
+        check_relevance(mutant, [(1030, 5)], torch.float32, torch.float32, "contiguous", 1)
     scaled = {"grad_scale": torch.tensor([4.0]), "clip_coef": torch.tensor([0.5])}
     with pytest.raises(AssertionError):
         check_step(mutant, make_problem([(9, 300)], density=1.0, eight_bit=True, **scaled))
@@ -293,6 +424,9 @@ def test_mutants_are_caught():
     check_step(mutant, make_problem(sizes[::-1], torch.bfloat16, stochastic_rounding=True, density=1.0))
     with pytest.raises(AssertionError):
         check_step(mutant, make_problem(sizes, torch.bfloat16, stochastic_rounding=True, density=1.0))
+    with pytest.raises(AssertionError):
+        check_step(mutant, columns_problem([(40, 20)], torch.float32))
+    check_step(mutant, columns_problem([(40, 20)], torch.float32, torch.float32))
     many = [torch.ones(1, 1) for _ in range(400)]
     with pytest.raises(AssertionError, match="400"):
         check_relevance_of(mutant, many, many)

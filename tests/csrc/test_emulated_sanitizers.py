@@ -33,6 +33,10 @@ for dtype, wide, layout in itertools.product(DTYPES, (False, True), LAYOUTS):
         options = {"eight_bit": eight_bit, "master": wide, "stochastic_rounding": True}
         p = make_problem(shapes, dtype, grad, layout, 0.5, compact=mode == "compact", **options)
         device.step(p, mode == "fused")
+    if layout == "transposed":
+        p = make_problem([(70, 300), (40, 256)], dtype, torch.float32, layout, 0.5, compact=True, master=True)
+        p.grads = [g.contiguous() for g in p.grads]
+        device.step(p)
 many = [torch.ones(1 + i % 3, 8) for i in range(700)]
 device.relevance_(many, many, [torch.zeros(4, len(w)) for w in many])
 device.step(make_problem([(2, 8)] * 450, density=0.5), True)
