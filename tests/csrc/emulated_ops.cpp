@@ -43,7 +43,7 @@ long leaml_launches() { return leaml::launches; }
 void leaml_row_coefficients(double lr, double beta1, double beta2, double decay, float step, float* out) {
   const leaml::Hyper h = leaml::hyper_of(lr, beta1, beta2, 1e-8, decay, false, false, 0);
   const leaml::RowCoefficients c = leaml::row_coefficients(h, lr, step);
-  out[0] = c.decay, out[1] = c.step_size, out[2] = c.root2;
+  out[0] = c.decay, out[1] = c.step_size, out[2] = c.inverse_root2;
 }
 const char* leaml_broken_barrier() {
   try {
