@@ -486,7 +486,8 @@ def sparse_adamw_(
         grad_scale, found_inf: see the module docstring.
 
     Weight decay reaches the selected rows only. Formula and order of operations are those of ``torch.optim.AdamW``
-    (AMSGrad off), but the root of the second moment is multiplied by the reciprocal of its bias correction, not divided.
+    (AMSGrad off), but the root of the second moment is multiplied by the reciprocal of its bias correction, where torch
+    divides by the correction.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a state tensor is bf16 or fp16. RuntimeError (CPU): a
