@@ -82,8 +82,8 @@ def installed(native) -> str:
     return run(_loader.LIBRARIES["cpu"])
 
 
-# the loops in the machine's own vectors (but for the clones, see cpu_kernels.cpp), two rows at a time as on Intel; and the
-# loops of other processors
+# the loops in the machine's own vectors (but for the clones, see cpu_kernels.cpp), two rows at a time as on Intel;
+# and the loops of other processors
 @pytest.mark.slow
 @pytest.mark.parametrize("definitions", [("NO_CLONES", "READ_IN_PAIRS"), ("NO_DISPATCH",)], ids="-".join)
 def test_no_access_out_of_bounds_nothing_undefined_and_the_same_bits(tmp_path, installed, definitions):
