@@ -686,7 +686,7 @@ __device__ __forceinline__ void step_row(const Row<W, G>& r, Sums& s) {
 
 // Blocks that fit a processor together: as many as the registers allow without spilling anything (tests/csrc).
 template <class G, bool Packed, bool Fused>
-constexpr int kStepBlocks = (Packed ? sizeof(G) == 2 : !Fused) ? 3 : 2;
+constexpr int kStepBlocks = (Packed ? Fused && sizeof(G) == 2 : !Fused) ? 3 : 2;
 
 // One warp a selected row.
 template <class W, class G, bool Packed>
