@@ -289,7 +289,7 @@ LEAML_RELEVANCE_F16(relevance_f16_v3, LEAML_V3, __m256)
 LEAML_RELEVANCE_F16(relevance_f16_v4, LEAML_V4, __m512)
 
 // Intel's cores read four streams faster than two, and faster still where each is asked for kAheadBytes early, line by line;
-// AMD's lose a third by either.
+// AMD's lose by either: a quarter by more streams, a tenth by asking (docs/kernels.md).
 bool reads_in_pairs() {
 #if defined(LEAML_READ_IN_PAIRS)  // for the tests, on any processor that can
   return level() == 4;
