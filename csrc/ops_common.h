@@ -96,6 +96,11 @@ struct Part {
   int dim, slot;
   int64_t neurons() const { return dim == 0 ? w.rows : w.cols; }
   int64_t width() const { return dim == 0 ? w.cols : w.rows; }
+  // of a transposed weight and gradient, the neurons are columns of what lies in memory
+  Part as_it_lies() const {
+    const bool across = w.col_stride != 1 && w.row_stride == 1 && g.col_stride != 1 && g.row_stride == 1;
+    return across ? Part{w.transposed(), g.transposed(), 1 - dim, slot} : *this;
+  }
 };
 
 struct Output {
@@ -129,6 +134,13 @@ inline std::vector<Output> outputs_of(const Tensors& out, const std::vector<int6
   return result;
 }
 
+inline void check_slot(int64_t slot, int64_t neurons, const std::vector<Output>& out, size_t i) {
+  STD_TORCH_CHECK(slot >= 0 && slot < int64_t(out.size()), "slots ", i, ": wanted 0 to ", out.size(), " exclusive, got ",
+                  slot);
+  STD_TORCH_CHECK(neurons == out[size_t(slot)].neurons, "weight ", i, ": its slot holds ", out[size_t(slot)].neurons,
+                  " neurons, it has ", neurons);
+}
+
 inline std::vector<Part> parts_of(const Tensors& weights, const Tensors& grads, const std::vector<int64_t>& dims,
                                   const std::vector<int64_t>& slots, const std::vector<Output>& out, bool cuda,
                                   int32_t index) {
@@ -144,17 +156,8 @@ inline std::vector<Part> parts_of(const Tensors& weights, const Tensors& grads, 
     STD_TORCH_CHECK(p.w.rows == p.g.rows && p.w.cols == p.g.cols, "gradient ", i, ": wanted [", p.w.rows, ", ", p.w.cols,
                     "] like its weight, got [", p.g.rows, ", ", p.g.cols, "]");
     STD_TORCH_CHECK(dims[i] == 0 || dims[i] == 1, "dims ", i, ": wanted 0 or 1, got ", dims[i]);
-    STD_TORCH_CHECK(slots[i] >= 0 && slots[i] < int64_t(out.size()), "slots ", i, ": wanted 0 to ", out.size(),
-                    " exclusive, got ", slots[i]);
-    STD_TORCH_CHECK(p.neurons() == out[size_t(p.slot)].neurons, "weight ", i, ": its slot holds ",
-                    out[size_t(p.slot)].neurons, " neurons, it has ", p.neurons());
-    // a transposed weight: its rows are the columns of what lies in memory
-    if (p.w.col_stride != 1 && p.w.row_stride == 1 && p.g.col_stride != 1 && p.g.row_stride == 1) {
-      p.w = p.w.transposed();
-      p.g = p.g.transposed();
-      p.dim = 1 - p.dim;
-    }
-    parts.push_back(p);
+    check_slot(slots[i], p.neurons(), out, i);
+    parts.push_back(p.as_it_lies());
   }
   return parts;
 }

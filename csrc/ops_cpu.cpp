@@ -114,6 +114,44 @@ struct Item {
   int64_t begin, end;
 };
 
+// The neurons of each part in pieces: strips of columns, and as many rows at a time as `rows` says of a part.
+template <class F>
+std::vector<Item> pieces_of(const std::vector<Part>& parts, const F& rows) {
+  std::vector<Item> items;
+  int64_t columns = 0;
+  for (const Part& p : parts) columns += p.dim == 1 ? p.neurons() : 0;
+  // columns: fp32 streams best in whole rows; where there are few of them, threads want strips
+  const int64_t strip = std::clamp(columns / 4, kStrip, kWideStrip);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const int64_t neurons = parts[i].neurons();
+    const int64_t chunk = parts[i].dim == 0 ? rows(parts[i]) : parts[i].w.dtype == Dtype::f32 ? strip : kStrip;
+    for (int64_t b = 0; b < neurons; b += chunk) items.push_back({i, b, std::min(neurons, b + chunk)});
+  }
+  return items;
+}
+
+int64_t elements_of(const std::vector<Part>& parts) {
+  int64_t elements = 0;
+  for (const Part& p : parts) elements += p.neurons() * p.width();
+  return elements;
+}
+
+// Room for the sums of every neuron of each part.
+std::vector<std::vector<Sums>> sums_for(const std::vector<Part>& parts) {
+  std::vector<std::vector<Sums>> sums;
+  for (const Part& p : parts) sums.emplace_back(size_t(p.neurons()));
+  return sums;
+}
+
+void relevance_item(const Part& p, const Item& item, bool absolute, Sums* sums) {
+  if (p.dim == 1) return column_sums(p.w, p.g, item.begin, item.end - item.begin, absolute, sums + item.begin);
+  rows_sums(p.w, p.g, item.begin, item.end, absolute, sums);
+}
+
+bool has_absolute(const std::vector<int64_t>& criteria) {
+  return std::find(criteria.begin(), criteria.end(), int64_t(kTaylorAbs)) != criteria.end();
+}
+
 // Adds the statistics of all parts to the outputs; the squared gradient norm comes back.
 float finish(const std::vector<Part>& parts, const std::vector<std::vector<Sums>>& sums, const std::vector<Output>& out,
              const std::vector<int64_t>& criteria, const float* grad_scale, const float* found_inf) {
@@ -158,27 +196,13 @@ Tensor neuron_relevance_cpu(Tensors weights, Tensors grads, Tensors out, std::ve
   const std::vector<Part> parts = parts_of(weights, grads, dims, slots, outputs, false, -1);
   const float* scale = scalar_of(grad_scale, "grad_scale", false, -1);
   const float* skip = scalar_of(found_inf, "found_inf", false, -1);
-  std::vector<std::vector<Sums>> sums(parts.size());
-  const bool absolute = std::find(criteria.begin(), criteria.end(), int64_t(kTaylorAbs)) != criteria.end();
-  std::vector<Item> items;
-  int64_t elements = 0, columns = 0;
-  for (const Part& p : parts) columns += p.dim == 1 ? p.neurons() : 0;
-  // columns: fp32 streams best in whole rows; where there are few of them, threads want strips
-  const int64_t strip = std::clamp(columns / 4, kStrip, kWideStrip);
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const int64_t neurons = parts[i].neurons();
-    elements += neurons * parts[i].width();
-    sums[i].resize(size_t(neurons));
-    const int64_t rows = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, parts[i].width()));
-    const int64_t chunk = parts[i].dim == 0 ? rows : parts[i].w.dtype == Dtype::f32 ? strip : kStrip;
-    for (int64_t b = 0; b < neurons; b += chunk) items.push_back({i, b, std::min(neurons, b + chunk)});
-  }
-  for_items(int64_t(items.size()), elements, [&](int64_t index) {
+  std::vector<std::vector<Sums>> sums = sums_for(parts);
+  const bool absolute = has_absolute(criteria);
+  const std::vector<Item> items = pieces_of(
+      parts, [](const Part& p) { return std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, p.width())); });
+  for_items(int64_t(items.size()), elements_of(parts), [&](int64_t index) {
     const Item& item = items[size_t(index)];
-    const Part& p = parts[item.part];
-    if (p.dim == 1)
-      return column_sums(p.w, p.g, item.begin, item.end - item.begin, absolute, &sums[item.part][size_t(item.begin)]);
-    rows_sums(p.w, p.g, item.begin, item.end, absolute, sums[item.part].data());
+    relevance_item(parts[item.part], item, absolute, sums[item.part].data());
   });
   return scalar_tensor(finish(parts, sums, outputs, criteria, scale, skip));
 }
@@ -368,12 +392,32 @@ void step_across(const Update& u, size_t tensor, int64_t begin, int64_t n, const
   }
 }
 
-// One piece of the work of a step: selected rows [begin, end) or, where these lie across memory, their elements.
-void step_item(const std::vector<Update>& updates, const Item& item, const Call& call) {
-  const Update& u = updates[item.part];
-  if (lies_across(u)) return step_across(u, item.part, item.begin, item.end - item.begin, call);
-  Coefficients known;
-  for (int64_t j = item.begin; j < item.end; ++j) step_row(u, item.part, j, u.k, call, known);
+// The step of those updates that `wanted` tells by their index, in pieces: some selected rows or, where these lie across
+// memory, some of their elements.
+template <class F>
+void step_all(const std::vector<Update>& updates, const Call& call, const F& wanted) {
+  std::vector<Item> items;
+  int64_t elements = 0;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    if (!wanted(i)) continue;
+    const Update& u = updates[i];
+    const bool across = lies_across(u);
+    const int64_t total = across ? u.width : u.k;
+    const int64_t chunk = across ? kAcross : std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, u.width));
+    elements += u.k * u.width;
+    for (int64_t b = 0; b < total; b += chunk) items.push_back({i, b, std::min(total, b + chunk)});
+  }
+  for_items(int64_t(items.size()), elements, [&](int64_t index) {
+    const Item& item = items[size_t(index)];
+    const Update& u = updates[item.part];
+    if (lies_across(u)) return step_across(u, item.part, item.begin, item.end - item.begin, call);
+    Coefficients known;
+    for (int64_t j = item.begin; j < item.end; ++j) step_row(u, item.part, j, u.k, call, known);
+  });
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const Update& u = updates[i];
+    for (int64_t j = 0; wanted(i) && lies_across(u) && j < u.k; ++j) u.step[j] += 1.0f;
+  }
 }
 
 void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps,
@@ -386,65 +430,48 @@ void sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_a
   check_rows(updates);
   const Call call = call_of(hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed), lr_tensor,
                             clip_coef, grad_scale, found_inf);
-  if (call.skip) return;
-  std::vector<Item> items;
-  int64_t elements = 0;
-  for (size_t i = 0; i < updates.size(); ++i) {
-    const Update& u = updates[i];
-    const bool across = lies_across(u);
-    const int64_t total = across ? u.width : u.k;
-    const int64_t chunk = across ? kAcross : std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, u.width));
-    elements += u.k * u.width;
-    for (int64_t b = 0; b < total; b += chunk) items.push_back({i, b, std::min(total, b + chunk)});
-  }
-  for_items(int64_t(items.size()), elements,
-            [&](int64_t index) { step_item(updates, items[size_t(index)], call); });
-  for (const Update& u : updates)
-    for (int64_t j = 0; lies_across(u) && j < u.k; ++j) u.step[j] += 1.0f;
+  if (!call.skip) step_all(updates, call, [](size_t) { return true; });
 }
 
 // --- the fusion ----------------------------------------------------------------------------------------------------
 
 Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
                                   Tensors steps, Tensors exp_avg_scale, Tensors exp_avg_sq_scale, Tensors masters,
-                                  Tensors out, std::vector<int64_t> criteria, std::optional<Tensor> lr_tensor,
-                                  std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
-                                  std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
-                                  double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed) {
-  check_count("out", out, params);
+                                  Tensors out, std::vector<int64_t> criteria, std::vector<int64_t> slots,
+                                  std::optional<Tensor> lr_tensor, std::optional<Tensor> clip_coef,
+                                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, double lr,
+                                  double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                                  bool stochastic_rounding, int64_t seed) {
   const std::vector<Output> outputs = outputs_of(out, criteria, false, -1);
   const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
                                                  exp_avg_sq_scale, masters, true, false, -1);
   check_rows(updates);
   const Call call = call_of(hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed), lr_tensor,
                             clip_coef, grad_scale, found_inf);
+  check_count("slots", slots, updates);
   std::vector<Part> parts;
-  std::vector<std::vector<Sums>> sums(updates.size());
-  const bool absolute = std::find(criteria.begin(), criteria.end(), int64_t(kTaylorAbs)) != criteria.end();
-  std::vector<Item> items;
-  int64_t elements = 0;
   for (size_t i = 0; i < updates.size(); ++i) {
-    const Update& u = updates[i];
-    STD_TORCH_CHECK(u.w.rows == outputs[i].neurons, "out ", i, ": wanted ", u.w.rows, " neurons, got ",
-                    outputs[i].neurons);
-    parts.push_back({u.w, u.g, 0, int(i)});
-    sums[i].resize(size_t(u.w.rows));
-    elements += u.w.rows * u.width;
-    const int64_t row_bytes = u.width * (bytes(u.w.dtype) + bytes(u.g.dtype));
-    const int64_t chunk = std::max<int64_t>(1, kFusedBytes / std::max<int64_t>(1, row_bytes));
-    for (int64_t b = 0; b < u.w.rows; b += chunk) items.push_back({i, b, std::min(u.w.rows, b + chunk)});
+    check_slot(slots[i], updates[i].w.rows, outputs, i);
+    parts.push_back(Part{updates[i].w, updates[i].g, 0, int(slots[i])}.as_it_lies());
   }
-  for_items(int64_t(items.size()), elements, [&](int64_t index) {
+  std::vector<std::vector<Sums>> sums = sums_for(parts);
+  const bool absolute = has_absolute(criteria);
+  const std::vector<Item> items = pieces_of(parts, [](const Part& p) {
+    return std::max<int64_t>(1, kFusedBytes / std::max<int64_t>(1, p.width() * (bytes(p.w.dtype) + bytes(p.g.dtype))));
+  });
+  for_items(int64_t(items.size()), elements_of(parts), [&](int64_t index) {
     const Item& item = items[size_t(index)];
     const Update& u = updates[item.part];
-    int64_t j = std::lower_bound(u.rows, u.rows + u.k, item.begin) - u.rows;
     // all rows of the item in one stream, then the selected ones, which are still in the cache
-    rows_sums(u.w, u.g, item.begin, item.end, absolute, sums[item.part].data());
-    if (call.skip) return;
+    relevance_item(parts[item.part], item, absolute, sums[item.part].data());
+    if (call.skip || parts[item.part].dim == 1) return;
     Coefficients known;
-    const int64_t end = std::lower_bound(u.rows + j, u.rows + u.k, item.end) - u.rows;
-    for (; j < end; ++j) step_row(u, item.part, j, end, call, known);
+    const int64_t end = std::lower_bound(u.rows, u.rows + u.k, item.end) - u.rows;
+    for (int64_t j = std::lower_bound(u.rows, u.rows + end, item.begin) - u.rows; j < end; ++j)
+      step_row(u, item.part, j, end, call, known);
   });
+  // columns are read line by line, all of them, and then the lines that the selected ones lie in once more
+  if (!call.skip) step_all(updates, call, [&](size_t i) { return parts[i].dim == 1; });
   return scalar_tensor(finish(parts, sums, outputs, criteria, scalar_of(grad_scale, "grad_scale", false, -1),
                               scalar_of(found_inf, "found_inf", false, -1)));
 }

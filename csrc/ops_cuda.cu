@@ -147,6 +147,12 @@ std::vector<std::vector<size_t>> members_of(const std::vector<int>& slots, size_
   return members;
 }
 
+void check_members(const std::vector<int>& slots, size_t count) {
+  for (const auto& some : members_of(slots, count))
+    STD_TORCH_CHECK(some.size() <= size_t(cuda::kMaxSlotParts), "slots: wanted at most ", cuda::kMaxSlotParts,
+                    " weights in one slot, got ", some.size());
+}
+
 Tensor finish(const Device& device, const std::vector<int>& slots, const Workspace& work, const std::vector<Output>& out,
               const std::vector<int64_t>& criteria, const float* scale, const float* found_inf) {
   Tensor result = device.empty({}, ScalarType::Float);
@@ -198,9 +204,7 @@ Tensor neuron_relevance_cuda(Tensors weights, Tensors grads, Tensors out, std::v
     neurons.push_back(p.neurons());
     own.push_back(p.slot);
   }
-  for (const auto& some : members_of(own, outputs.size()))
-    STD_TORCH_CHECK(some.size() <= size_t(cuda::kMaxSlotParts), "slots: wanted at most ", cuda::kMaxSlotParts,
-                    " weights in one slot, got ", some.size());
+  check_members(own, outputs.size());
   const float* scale = scalar_of(grad_scale, "grad_scale", kOnDevice, device.index);
   const float* skip = scalar_of(found_inf, "found_inf", kOnDevice, device.index);
   const Workspace work(device, neurons);
@@ -345,25 +349,25 @@ void sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_
 
 Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq,
                                    Tensors steps, Tensors exp_avg_scale, Tensors exp_avg_sq_scale, Tensors masters,
-                                   Tensors out, std::vector<int64_t> criteria, std::optional<Tensor> lr_tensor,
-                                   std::optional<Tensor> clip_coef, std::optional<Tensor> grad_scale,
-                                   std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
-                                   double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed) {
+                                   Tensors out, std::vector<int64_t> criteria, std::vector<int64_t> slots,
+                                   std::optional<Tensor> lr_tensor, std::optional<Tensor> clip_coef,
+                                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, double lr,
+                                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                                   bool stochastic_rounding, int64_t seed) {
   STD_TORCH_CHECK(!params.empty(), "params: wanted at least one tensor, got none");
-  check_count("out", out, params);
   const Device device(params[0]);
   const std::vector<Output> outputs = outputs_of(out, criteria, kOnDevice, device.index);
   const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
                                                  exp_avg_sq_scale, masters, true, kOnDevice, device.index);
   check_updates(updates);
+  check_count("slots", slots, updates);
   std::vector<int64_t> neurons;
-  std::vector<int> slots;
   for (size_t i = 0; i < updates.size(); ++i) {
-    STD_TORCH_CHECK(updates[i].w.rows == outputs[i].neurons, "out ", i, ": wanted ", updates[i].w.rows, " neurons, got ",
-                    outputs[i].neurons);
+    check_slot(slots[i], updates[i].w.rows, outputs, i);
     neurons.push_back(updates[i].w.rows);
-    slots.push_back(int(i));
   }
+  const std::vector<int> own(slots.begin(), slots.end());
+  check_members(own, outputs.size());
   const Workspace work(device, neurons);
   const Hyper hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed);
   const float* scale = scalar_of(grad_scale, "grad_scale", kOnDevice, device.index);
@@ -371,7 +375,7 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   const Scalars scalars{scalar_of(lr_tensor, "lr", kOnDevice, device.index),
                         scalar_of(clip_coef, "clip_coef", kOnDevice, device.index), scale, skip};
   launch_fusion(device, updates, !exp_avg_scale.empty(), hyper, scalars, work);
-  return finish(device, slots, work, outputs, criteria, scale, skip);
+  return finish(device, own, work, outputs, criteria, scale, skip);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 """``leaml bench kernels``: every op against named peers and against the physical limit, in one run.
 
 Covers: relevance (of rows by one criterion and by all four, of columns), selection, sparse AdamW (of rows and of
-columns), their fusion and the selective weight gradient, by dtype and density, at the layer shapes of Qwen2.5-VL. Each
-repetition times every contender once, in rotated order; a ratio is the median over the repetitions of ``peer time / our
-time`` of the same repetition, so a slow moment of the machine hits both sides. On the CPU with one thread it is that
-thread's CPU time that is taken, which a busy neighbour does not lengthen.
+columns), their fusion (of rows and of feed-forward neurons) and the selective weight gradient, by dtype and density, at
+the layer shapes of Qwen2.5-VL. Each repetition times every contender once, in rotated order; a ratio is the median over
+the repetitions of ``peer time / our time`` of the same repetition, so a slow moment of the machine hits both sides. On
+the CPU with one thread it is that thread's CPU time that is taken, which a busy neighbour does not lengthen.
 Does not cover: whole training steps (``step``) and correctness (the tests); the clock (``timing``), what is measured on
 (``layers``), the peers (``peers``), the limits (``limits``) and the tables (``tables``) have modules of their own.
 
@@ -36,10 +36,11 @@ from typing import Any
 from leaml_plugin.artifacts import read_json, write_text
 from leaml_plugin.benchmark import tables
 from leaml_plugin.benchmark.layers import MODELS, STATES, Layers, layer_shapes
-from leaml_plugin.benchmark.limits import Limit, column_bytes, fastest, same_bytes, same_product
+from leaml_plugin.benchmark.limits import Limit, column_bytes, fastest, feed_forward_bytes, same_bytes, same_product
 from leaml_plugin.benchmark.peers import (
     HYPER,
     eager_fusion,
+    eager_fusion_feed_forward,
     eager_relevance,
     eager_relevance_all,
     eager_relevance_and_norm,
@@ -360,6 +361,35 @@ class Bench:
             self.apart(ours, lambda: masked_dense(layers, "fused", relevance=True), name)
             print(line(self.rows[-1]), flush=True)
 
+    def fusion_feed_forward(self, dtype: str, layers: Layers, density: float) -> None:
+        """Neurons that are a row of gate, a row of up and a column of down, scored across the three and stepped."""
+        import torch
+
+        from leaml_plugin import ops
+
+        step = torch.ones((), device=layers.device)
+        relevance = (layers.weights, layers.grads, layers.out)
+        lists = (*layers.step_lists[:5], layers.out, step, *HYPER)
+
+        def parts() -> None:
+            ops.neuron_relevance_(*relevance, slots=layers.slots)
+            ops.sparse_adamw_(*layers.step_lists, **layers.options)
+
+        def both() -> None:
+            ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, slots=layers.slots, **layers.options)
+
+        contenders = [
+            Contender("ours", both),
+            Contender("our_two_parts", parts),
+            Contender("relevance_alone", lambda: ops.neuron_relevance_(*relevance, slots=layers.slots)),
+            Contender("eager", lambda: eager_fusion_feed_forward(*lists)),
+        ]
+        if self.compiles(density, sparing=True):
+            fast = self.compiled(eager_fusion_feed_forward)
+            contenders.append(Contender("compile", lambda: fast(*lists)))
+        needed = feed_forward_bytes(layers)
+        self.measure("fusion_ffn", dtype, density, contenders, self.limit(needed, True), needed, layers, "fp32")
+
     def fusion_peers(self, layers: Layers, density: float) -> list[Contender]:
         """Relevance and the step as one does both in PyTorch."""
         import torch
@@ -451,6 +481,7 @@ class Bench:
                     self.sparse_adamw(dtype, layers, density)
                 if "fusion" in config.ops:
                     self.fusion(dtype, layers, density)
+                    self.fusion_feed_forward(dtype, layers.feed_forward(density), density)
             del layers
         if self.device.type == "cpu" and {"relevance", "sparse_adamw"} & set(config.ops) and not config.peers:
             self.tuned_allocator()

@@ -43,6 +43,7 @@ class Layers:
 
         self.weights, self.grads = normal(0.02), normal(1e-3)
         self.out = self.zeros(lambda w: (w.shape[0],))
+        self.slots = list(range(len(shapes)))  # which `out` a weight feeds
         self.parameters = sum(w.numel() for w in self.weights)
 
     def zeros(self, shape: Callable[[Any], tuple[int, ...]]) -> list[Any]:
@@ -55,14 +56,20 @@ class Layers:
         """Rows of a random selection."""
         import torch
 
+        generator = torch.Generator().manual_seed(1)
+        self.train([self.random_rows(w.shape[0], density, generator) for w in self.weights])
+
+    def random_rows(self, neurons: int, density: float, generator: Any) -> Any:
+        import torch
+
         from leaml_plugin import ops
 
-        generator = torch.Generator().manual_seed(1)
-        self.rows = [
-            torch.randperm(w.shape[0], generator=generator)[: ops.selected_count(density, w.shape[0])].sort().values
-            for w in self.weights
-        ]
-        self.rows = [r.to(self.device) for r in self.rows]
+        chosen = torch.randperm(neurons, generator=generator)[: ops.selected_count(density, neurons)]
+        return chosen.sort().values.to(self.device)
+
+    def train(self, rows: list[Any]) -> None:
+        """Fresh state for these rows of each weight."""
+        self.rows = rows
         self.keep("fp32")
         self.selected = sum(m.numel() for m in self.exp_avg)
 
@@ -72,6 +79,24 @@ class Layers:
         result.dim = 1
         result.weights, result.grads = [w.t() for w in self.weights], [g.t() for g in self.grads]
         result.select(density)
+        return result
+
+    def feed_forward(self, density: float) -> Layers:
+        """The feed-forward weights alone, by their neurons: gate, up and down's columns of each layer, one random
+        selection and one ``out`` for the three."""
+        import torch
+
+        result, count = copy.copy(self), len(self.weights) // self.layers
+        of_layer = [slice(i * count + count - 3, (i + 1) * count) for i in range(self.layers)]
+        for name in ("weights", "grads"):
+            parts = [getattr(self, name)[some] for some in of_layer]
+            setattr(result, name, [part for gate, up, down in parts for part in (gate, up, down.t())])
+        result.parameters = sum(w.numel() for w in result.weights)
+        result.slots = [i for i in range(self.layers) for _ in range(3)]
+        result.out = result.zeros(lambda w: (w.shape[0],))[::3]
+        generator = torch.Generator().manual_seed(1)
+        neurons = [self.random_rows(o.shape[0], density, generator) for o in result.out]
+        result.train([neurons[slot] for slot in result.slots])
         return result
 
     def keep(self, kind: str) -> None:

@@ -99,13 +99,30 @@ def touched_lines(matrix: Any, columns: Any, line: int) -> int:
     )
 
 
+def line_of(layers: Layers) -> int:
+    """Bytes that move together: a cache line, or a sector of a GPU's."""
+    return 32 if layers.device.type == "cuda" else 64
+
+
 def column_bytes(layers: Layers) -> int:
     """What a step over columns must move: of each row of memory every line that holds a selected weight, both ways, and
     as much of the gradient, which is only read; the fp32 moments, which are compact, both ways."""
-    line = 32 if layers.device.type == "cuda" else 64  # a GPU moves sectors of its lines
-    total = 16 * layers.selected
+    line, total = line_of(layers), 16 * layers.selected
     for weight, grad, columns in zip(layers.weights, layers.grads, layers.rows):
         total += line * (2 * touched_lines(weight.t(), columns, line) + touched_lines(grad.t(), columns, line))
+    return total
+
+
+def feed_forward_bytes(layers: Layers) -> int:
+    """What the fusion over feed-forward neurons must move: weights and gradients read once; the selected weights
+    written, in down as whole lines; the fp32 moments both ways."""
+    line, size = line_of(layers), layers.weights[0].element_size()
+    total = 2 * layers.parameters * size + 16 * layers.selected
+    for weight, neurons in zip(layers.weights, layers.rows):
+        if weight.stride(0) == 1:
+            total += line * touched_lines(weight.t(), neurons, line)
+        else:
+            total += neurons.numel() * weight.shape[1] * size
     return total
 
 

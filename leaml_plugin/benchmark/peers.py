@@ -71,6 +71,14 @@ def eager_fusion(weights, rows, grads, exp_avg, exp_avg_sq, out, step, *hyper) -
     eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, *hyper)
 
 
+def eager_fusion_feed_forward(weights, rows, grads, exp_avg, exp_avg_sq, out, step, *hyper) -> None:
+    """The same of feed-forward neurons: gate, up and down's columns of a layer, joined."""
+    for i, o in enumerate(out):
+        own = range(3 * i, 3 * i + 3)
+        o += sum((weights[j] * grads[j]).sum(1, dtype=o.dtype) for j in own).abs()
+    eager_sparse_adamw(weights, rows, grads, exp_avg, exp_avg_sq, step, *hyper)
+
+
 def eager_weight_grad(x, grad, rows) -> Any:
     """The weight gradient of the selected rows: gathered, then multiplied."""
     return grad.index_select(1, rows).t() @ x

@@ -114,6 +114,24 @@ def _relevance_out(out: Sequence[Tensor], criteria: list[int], sizes: dict[int, 
     return views
 
 
+def _slot_sizes(neurons: Sequence[int], slots: Sequence[int], count: int) -> dict[int, int]:
+    """How many neurons each slot holds, where weight ``i`` has ``neurons[i]``."""
+    sizes: dict[int, int] = {}
+    for i, (size, slot) in enumerate(zip(neurons, slots)):
+        _check(0 <= slot < count, f"slots[{i}]: wanted 0 to {count - 1}, got {slot}")
+        _check(
+            sizes.setdefault(slot, size) == size,
+            f"slot {slot}: weight {i} has {size} neurons, an earlier part has {sizes[slot]}",
+        )
+    return sizes
+
+
+def _slots(slots: Sequence[int] | None, count: int) -> list[int]:
+    chosen = list(range(count)) if slots is None else list(slots)
+    _check(len(chosen) == count, f"slots: wanted one for each of the {count} weights, got {len(chosen)}")
+    return chosen
+
+
 def _check_distinct(out: Sequence[Tensor]) -> None:
     wrong = reference.shared_out(out)
     _check(wrong is None, str(wrong))
@@ -130,18 +148,11 @@ def _check_relevance(
     dims: list[int],
     slots: list[int],
 ) -> None:
-    sizes: dict[int, int] = {}
-    for i, (weight, grad, dim, slot) in enumerate(zip(weights, grads, dims, slots)):
+    for i, (weight, grad, dim) in enumerate(zip(weights, grads, dims)):
         _check_pair(i, weight, grad)
         _check(weight.shape == grad.shape, f"gradient {i}: wanted {list(weight.shape)}, got {list(grad.shape)}")
         _check(dim in (0, 1) and dim < weight.dim(), f"dims[{i}]: wanted 0 or 1 below {weight.dim()}, got {dim}")
-        _check(0 <= slot < len(out), f"slots[{i}]: wanted 0 to {len(out) - 1}, got {slot}")
-        size = weight.shape[dim]
-        _check(
-            sizes.setdefault(slot, size) == size,
-            f"slot {slot}: weight {i} has {size} neurons, an earlier part has {sizes[slot]}",
-        )
-    _relevance_out(out, codes, sizes)
+    _relevance_out(out, codes, _slot_sizes([w.shape[dim] for w, dim in zip(weights, dims)], slots, len(out)))
     _check_distinct(out)
 
 
@@ -186,9 +197,8 @@ def neuron_relevance_(
     count = len(weights)
     _check(len(grads) == count, f"grads: wanted one for each of the {count} weights, got {len(grads)}")
     dim_list = [dims] * count if isinstance(dims, int) else list(dims)
-    slot_list = list(range(count)) if slots is None else list(slots)
+    slot_list = _slots(slots, count)
     _check(len(dim_list) == count, f"dims: wanted one for each of the {count} weights, got {len(dim_list)}")
-    _check(len(slot_list) == count, f"slots: wanted one for each of the {count} weights, got {len(slot_list)}")
     if not count:
         return torch.zeros((), dtype=torch.float32)
     views = [target.unsqueeze(0) if target.dim() == 1 else target for target in out]
@@ -527,6 +537,7 @@ def relevance_sparse_adamw_(
     *,
     lr: float | Tensor,
     criteria: Criterion | Sequence[Criterion] = "taylor",
+    slots: Sequence[int] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
@@ -545,14 +556,19 @@ def relevance_sparse_adamw_(
     Gradients must be dense. Returns the squared gradient norm, which comes too late to clip this very step: pass
     the coefficient of a separate relevance pass, or that of the step before. With ``found_inf`` set neither weights
     nor scores change.
+
+    ``slots`` is that of :func:`neuron_relevance_`: which ``out`` each weight feeds, by default ``out[i]``. An FFN
+    neuron is a row of ``gate``, ``up`` and ``down.t()`` (and of their gradients), all in one slot with equal ``rows``.
     """
     codes = _codes(criteria)
     lists = (params, rows, grads, exp_avg, exp_avg_sq, steps)
-    _check(len(out) == len(params), f"out: wanted one for each of the {len(params)} params, got {len(out)}")
+    slot_list = _slots(slots, len(params))
+    if slots is None:
+        _check(len(out) == len(params), f"out: wanted one for each of the {len(params)} params, got {len(out)}")
     if not params:
         _check_adamw(*lists, scales, masters, dense_only=True)
         return torch.zeros((), dtype=torch.float32)
-    views = _relevance_out(out, codes, {i: param.shape[0] for i, param in enumerate(params)})
+    views = _relevance_out(out, codes, _slot_sizes([param.shape[0] for param in params], slot_list, len(out)))
     device = params[0].device
     tail = _adamw_tail(
         device, lr, betas, eps, weight_decay, maximize, clip_coef, grad_scale, found_inf, stochastic_rounding, seed
@@ -561,7 +577,7 @@ def relevance_sparse_adamw_(
     if native(device):
         try:
             sqnorm = torch.ops.leaml.relevance_sparse_adamw_(
-                *lists, first, second, masters or (), views, codes, *tail
+                *lists, first, second, masters or (), views, codes, slot_list, *tail
             )  # fmt: skip
         except (RuntimeError, TypeError):
             _check_adamw(*lists, scales, masters, dense_only=True)
@@ -571,7 +587,7 @@ def relevance_sparse_adamw_(
         _check_adamw(*lists, scales, masters, dense_only=True)
         _check_distinct(views)
         sqnorm = reference.relevance_sparse_adamw_(
-            *lists, first, second, masters or (), views, codes, *tail
+            *lists, first, second, masters or (), views, codes, slot_list, *tail
         )  # fmt: skip
     _mark_changed(params)
     return sqnorm

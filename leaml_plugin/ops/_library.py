@@ -30,7 +30,7 @@ SCHEMAS = {
     "relevance_sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] rows, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
         "Tensor(d!)[] steps, Tensor(e!)[] exp_avg_scale, Tensor(f!)[] exp_avg_sq_scale, Tensor(g!)[] masters, "
-        "Tensor(h!)[] out, int[] criteria, Tensor? lr_tensor, Tensor? clip_coef, Tensor? grad_scale, "
+        "Tensor(h!)[] out, int[] criteria, int[] slots, Tensor? lr_tensor, Tensor? clip_coef, Tensor? grad_scale, "
         "Tensor? found_inf, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
         "bool stochastic_rounding, int seed) -> Tensor"
     ),

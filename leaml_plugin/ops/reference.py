@@ -332,6 +332,7 @@ def relevance_sparse_adamw_(
     masters: Sequence[Tensor],
     out: Sequence[Tensor],
     criteria: Sequence[int],
+    slots: Sequence[int],
     lr_tensor: Tensor | None,
     clip_coef: Tensor | None,
     grad_scale: Tensor | None,
@@ -348,9 +349,8 @@ def relevance_sparse_adamw_(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The relevance of every row from the weights before the step, then the step of the selected rows."""
-    count = len(params)
     sqnorm = neuron_relevance_(
-        params, grads, out, criteria, [0] * count, list(range(count)), grad_scale, found_inf, dtype=dtype
+        params, grads, out, criteria, [0] * len(params), slots, grad_scale, found_inf, dtype=dtype
     )
     sparse_adamw_(
         params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale, exp_avg_sq_scale, masters,

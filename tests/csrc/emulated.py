@@ -98,8 +98,9 @@ class Emulated:
             weights, grads, out, list(criteria), dims, slots, grad_scale, found_inf
         ).item()  # fmt: skip
 
-    def step(self, problem, fused: bool = False) -> list[Tensor]:
-        """One step of a ``kernel_cases.Problem``; the fusion's four relevances ``[4, neurons]`` of each tensor."""
+    def step(self, problem, fused: bool = False, slots: Sequence[int] | None = None) -> list[Tensor]:
+        """One step of a ``kernel_cases.Problem``; the fusion's four relevances ``[4, neurons]`` of each tensor, or of
+        each of ``slots``, which follow each other."""
         lists, options = problem.arguments()
         first, second = options.pop("scales", ((), ()))
         masters = options.pop("masters", ())
@@ -114,6 +115,8 @@ class Emulated:
         if not fused:
             self.ops.sparse_adamw_(*lists, first, second, masters, *tail)
             return []
-        out = [torch.zeros(4, p.shape[0]) for p in problem.params]
-        self.ops.relevance_sparse_adamw_(*lists, first, second, masters, out, [0, 1, 2, 3], *tail)
+        slots = list(range(len(problem.params))) if slots is None else list(slots)
+        sizes = dict(zip(slots, (p.shape[0] for p in problem.params)))
+        out = [torch.zeros(4, sizes[slot]) for slot in sorted(sizes)]
+        self.ops.relevance_sparse_adamw_(*lists, first, second, masters, out, [0, 1, 2, 3], slots, *tail)
         return out

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from kernel_cases import DTYPES, Problem, dtypes, layouts, make_problem, random_matrix
+from kernel_cases import DTYPES, FFN_SLOTS, Problem, dtypes, ffn_problem, layouts, make_problem, random_matrix
 
 from leaml_plugin.ops import reference
 
@@ -56,16 +56,16 @@ def check_relevance_of(device, weights, grads, dim=0):
     assert norm == pytest.approx(twin.item(), rel=1e-5)
 
 
-def check_step(device, problem, fused=False, steps=2):
+def check_step(device, problem, fused=False, steps=2, slots=None):
     """Bit for bit: on the CPU both round every operation the same way."""
     twin = problem.copy()
+    own = list(range(len(twin.params))) if slots is None else slots
+    sizes = dict(zip(own, (p.shape[0] for p in twin.params)))
     for _ in range(steps):
-        wanted = [torch.zeros(4, p.shape[0]) for p in twin.params]
+        wanted = [torch.zeros(4, sizes[slot]) for slot in sorted(sizes)]
         if fused:
-            reference.neuron_relevance_(
-                twin.params, twin.grads, wanted, [0, 1, 2, 3], [0] * len(wanted), list(range(len(wanted)))
-            )
-        out = device.step(problem, fused)
+            reference.neuron_relevance_(twin.params, twin.grads, wanted, [0, 1, 2, 3], [0] * len(own), own)
+        out = device.step(problem, fused, slots)
         twin.step("reference")
         if fused:
             torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
@@ -206,6 +206,12 @@ def test_more_tensors_than_one_launch_takes(device):
     check_relevance_of(device, whole.params, whole.grads)
     check_step(device, whole.copy(), steps=1)
     check_step(device, whole, fused=True, steps=1)
+
+
+@pytest.mark.parametrize("kind", [{}, {"master": True}, {"eight_bit": True}], ids=["fp32", "masters", "8bit"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fusion_joins_the_three_weights_of_ffn_neurons(device, dtype, kind):
+    check_step(device, ffn_problem(dtype, 70, 300, **kind), fused=True, slots=FFN_SLOTS)
 
 
 @pytest.mark.parametrize("fused", [False, True])

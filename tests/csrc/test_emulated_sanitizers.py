@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
 import torch
 import emulated
-from kernel_cases import DTYPES, LAYOUTS, make_problem, random_matrix
+from kernel_cases import DTYPES, FFN_SLOTS, LAYOUTS, ffn_problem, make_problem, random_matrix
 device = emulated.build(Path(sys.argv[1]), eval(sys.argv[4]), sanitize=True)
 shapes = [(9, 784), (1, 257), (5, 33), (2, 512), (0, 8), (3, 0)]
 for dtype, wide, layout in itertools.product(DTYPES, (False, True), LAYOUTS):
@@ -40,6 +40,7 @@ for dtype, wide, layout in itertools.product(DTYPES, (False, True), LAYOUTS):
 many = [torch.ones(1 + i % 3, 8) for i in range(700)]
 device.relevance_(many, many, [torch.zeros(4, len(w)) for w in many])
 device.step(make_problem([(2, 8)] * 450, density=0.5), True)
+device.step(ffn_problem(torch.bfloat16, 70, 300, eight_bit=True), True, FFN_SLOTS)
 print("clean")
 """
 

@@ -145,3 +145,22 @@ def make_problem(
         )
         states.append(ops.new_state(param, index, eight_bit=eight_bit, master=master))
     return Problem(params, rows, grads, states, {"lr": 1e-2, "seed": 11, **options})
+
+
+FFN_SLOTS = [0, 0, 0, 1, 1, 1]
+
+
+def ffn_problem(dtype: torch.dtype, neurons: int, hidden: int, **kind: bool) -> Problem:
+    """Two blocks' gate, up and down, each weight and gradient by its neurons' rows; a block's selection is one."""
+    result = Problem([], [], [], [], {})
+    for number in range(2):
+        gate_up = make_problem([(neurons, hidden)] * 2, dtype, density=0.2, seed=100 * number)
+        # down lies as [hidden, neurons] and is seen from its columns
+        down = make_problem([(neurons, hidden)], dtype, layout="transposed", density=0.2, seed=100 * number + 50)
+        params = gate_up.params + down.params
+        result.params += params
+        result.grads += gate_up.grads + down.grads
+        result.rows += gate_up.rows[:1] * 3
+        result.states += [ops.new_state(param, gate_up.rows[0], **kind) for param in params]
+        result.options = gate_up.options
+    return result

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYOUTS, Problem, make_problem, random_matrix
+from kernel_cases import DTYPES, FFN_SLOTS, LAYOUTS, Problem, ffn_problem, make_problem, random_matrix
 
 from leaml_plugin import ops
 from leaml_plugin.ops import reference
@@ -131,6 +131,25 @@ def test_every_kernel_once():
         for eight_bit in (False, True):  # of columns
             check_step([(90, 300), (5, 33)], dtype, wide, "transposed", "dense", eight_bit, "stochastic", steps=1)
             check_step([(90, 512)], dtype, wide, "transposed", "compact", eight_bit, "master", 1, grads_in_rows=True)
+
+
+@pytest.mark.parametrize("kind", [{}, {"master": True}, {"eight_bit": True}], ids=["fp32", "masters", "8bit"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fusion_joins_the_three_weights_of_ffn_neurons(dtype, kind):
+    """Weights and states bit for bit what the two parts by themselves make of them."""
+    fused = on_device(ffn_problem(dtype, 70, 300, **kind))
+    parts = on_device(ffn_problem(dtype, 70, 300, **kind))
+    fused_out, parts_out = ([torch.zeros(4, 70, device=DEVICE) for _ in range(2)] for _ in range(2))
+    lists, options = fused.arguments()
+    norm = ops.relevance_sparse_adamw_(*lists, fused_out, criteria=list(ops.CRITERIA), slots=FFN_SLOTS, **options)
+    wanted = ops.neuron_relevance_(
+        parts.params, parts.grads, parts_out, criteria=list(ops.CRITERIA), slots=FFN_SLOTS
+    )  # fmt: skip
+    take_step(parts, fused=False)
+    for got, own in zip(fused.tensors(), parts.tensors()):
+        assert torch.equal(got, own)
+    for got, own in zip([*fused_out, norm], [*parts_out, wanted]):
+        torch.testing.assert_close(got, own, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, wide", PAIRS, ids=str)

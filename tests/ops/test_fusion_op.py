@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
+    FFN_SLOTS,
     bad_values,
     dtypes,
+    ffn_problem,
     grad_layouts,
     grad_scales,
     layouts,
@@ -74,19 +76,65 @@ def test_the_fusion_equals_relevance_then_step(
         for got, wanted in zip(fused.tensors(), parts.tensors()):
             assert same_bits(got, wanted)
         for got, wanted in zip([*fused_out, fused_norm], [*parts_out, norm]):
-            # a transposed weight is summed column by column in a pass of its own, row by row in the fusion
-            if "transposed" not in (layout, grad_layout):
-                assert same_bits(got, wanted)
-            elif got.dim():
-                same_scores(got, wanted)
-            else:
-                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+            assert same_bits(got, wanted)
         results.append((fused.tensors(), fused_out, fused_norm))
     (native_tensors, native_out, native_norm), (twin_tensors, twin_out, twin_norm) = results
     assert all(same_bits(got, wanted) for got, wanted in zip(native_tensors, twin_tensors))
     for got, wanted in zip(native_out, twin_out):
         same_scores(got, wanted)
     torch.testing.assert_close(native_norm, twin_norm, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", [{}, {"master": True}, {"eight_bit": True}], ids=["fp32", "masters", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ffn_neurons_are_scored_across_their_three_weights(dtype, kind, backend):
+    """Row i of gate and up and column i of down: one relevance, one step, as the two parts by themselves."""
+    fused = ffn_problem(dtype, 70, 300, **kind)
+    before, parts = fused.copy(), fused.copy()
+    fused_out, parts_out = [torch.zeros(4, 70), torch.zeros(4, 70)], [torch.zeros(4, 70), torch.zeros(4, 70)]
+    with ops.use_backend(backend):
+        lists, options = fused.arguments()
+        fused_norm = ops.relevance_sparse_adamw_(*lists, fused_out, criteria=ALL, slots=FFN_SLOTS, **options)
+        triples = [[parts.params[3 * b], parts.params[3 * b + 1], parts.params[3 * b + 2].t()] for b in range(2)]
+        weights, dims, own_slots = ops.ffn_parts(triples)
+        grads, _, _ = ops.ffn_parts([[parts.grads[3 * b], parts.grads[3 * b + 1], parts.grads[3 * b + 2].t()]
+                                     for b in range(2)])  # fmt: skip
+        assert own_slots == FFN_SLOTS
+        norm = ops.neuron_relevance_(weights, grads, parts_out, criteria=ALL, dims=dims, slots=own_slots)
+        parts.step(backend)
+    for got, wanted in zip([*fused.tensors(), *fused_out, fused_norm], [*parts.tensors(), *parts_out, norm]):
+        assert same_bits(got, wanted)
+    for block in range(2):  # against the definition, in fp64
+        own = range(3 * block, 3 * block + 3)
+        product = sum((before.params[i].double() * before.grads[i].double()).sum(1) for i in own)
+        torch.testing.assert_close(fused_out[block][0].double(), product.abs(), rtol=1e-4, atol=1e-4)
+        assert all(not torch.equal(fused.params[i], before.params[i]) for i in own)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0, 0], "slots: wanted one for each of the 3 weights, got 2"),
+        ([0, 0, 1], r"slots\[2\]: wanted 0 to 0, got 1"),
+        (None, "out: wanted one for each of the 3 params, got 1"),
+    ],
+)
+def test_slots_that_do_not_fit_are_refused_before_anything_moves(slots, message, backend):
+    problem, out = make_problem([(8, 40), (8, 40), (8, 3)]), torch.zeros(8)
+    before = problem.copy()
+    lists, options = problem.arguments()
+    with ops.use_backend(backend), pytest.raises(ValueError, match=message):
+        ops.relevance_sparse_adamw_(*lists, [out], slots=slots, **options)
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))
+
+
+def test_weights_of_one_slot_must_have_the_same_neurons():
+    problem = make_problem([(8, 40), (9, 40)])
+    lists, options = problem.arguments()
+    with pytest.raises(ValueError, match="slot 0: weight 1 has 9 neurons, an earlier part has 8"):
+        ops.relevance_sparse_adamw_(*lists, [torch.zeros(8)], slots=[0, 0], **options)
 
 
 def test_found_inf_stops_both_parts():

@@ -72,10 +72,11 @@ def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
         compile=False,
     )  # fmt: skip
     rows = {(row.op, row.state): row for row in kernels.run(config)}
-    columns = ("sparse_adamw_columns", "fp32")
-    assert rows.keys() == {columns, *((op, state) for op in config.ops for state in kernels.STATES)}
+    columns, forward = ("sparse_adamw_columns", "fp32"), ("fusion_ffn", "fp32")
+    assert rows.keys() == {columns, forward, *((op, state) for op in config.ops for state in kernels.STATES)}
     dense = {"gather_fused_scatter", "eager", "dense_fused_masked", "dense_fused"}
     assert dense <= rows["sparse_adamw", "fp32"].ratio.keys() and dense <= rows[columns].ratio.keys()
+    assert rows[forward].ratio.keys() == {"eager", "our_two_parts", "relevance_alone"}
     whole = {"eager", "relevance_gather_fused_scatter", "relevance_dense_fused_masked", "our_two_parts"}
     assert whole <= rows["fusion", "fp32"].ratio.keys()
     layers = kernels.Layers("tiny", torch.bfloat16, torch.device("cpu"), rows["fusion", "fp32"].layers)
@@ -85,6 +86,27 @@ def test_every_kind_of_state_has_its_rows_and_bytes(native, monkeypatch):
     # in the fusion the weight (but where a master stands for it) and the gradient are read for the relevance anyway
     assert rows["fusion", "fp32"].bytes == 4 * layers.parameters + layers.selected * (2 + 16)
     assert rows["fusion", "master"].bytes == 4 * layers.parameters + layers.selected * (2 + 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feed_forward_neurons_are_three_weights_with_one_selection(native, dtype):
+    layers = kernels.Layers("tiny", dtype, torch.device("cpu"), 2)
+    forward = layers.feed_forward(0.1)
+    assert forward.slots == [0, 0, 0, 1, 1, 1] and len(forward.out) == 2
+    assert forward.weights[2].data_ptr() == layers.weights[6].data_ptr() and forward.weights[2].shape == (688, 256)
+    assert forward.parameters == 6 * 688 * 256 and forward.selected == 6 * 69 * 256
+    assert all(torch.equal(forward.rows[i], forward.rows[i // 3 * 3]) for i in range(6))
+    size = dtype.itemsize
+    written = sum(len(((line * 688 + forward.rows[i]) * size // 64).unique()) for i in (2, 5) for line in range(256))
+    wanted = 2 * forward.parameters * size + 16 * forward.selected + 4 * 69 * 256 * size + 64 * written
+    assert limits.feed_forward_bytes(forward) == wanted
+
+    eager = kernels.Layers("tiny", dtype, torch.device("cpu"), 2).feed_forward(0.1)
+    ops.relevance_sparse_adamw_(*forward.step_lists, forward.out, slots=forward.slots, lr=peers.LR)
+    peers.eager_fusion_feed_forward(*eager.step_lists[:5], eager.out, torch.ones(()), *peers.HYPER)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for got, wanted in zip([*forward.weights, *forward.out], [*eager.weights, *eager.out]):
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
 
 
 def test_selection_and_the_weight_gradient_have_their_peers_and_limits(native, monkeypatch):

@@ -29,6 +29,8 @@ def samples():
     columns = make_problem([(6, 40)], torch.float16, density=0.5, layout="transposed", master=True)
     rounded = make_problem([(6, 40), (5, 1)], torch.bfloat16, torch.float32, density=0.5)
     by_chance = (*tail[:-2], True, 9)
+    joined = make_problem([(6, 40)] * 3, density=0.5)
+    joined.params[2] = joined.params[2].t().contiguous().t()
 
     def lists_and_masters(problem):
         lists, options = problem.arguments()
@@ -61,19 +63,23 @@ def samples():
         "adamw_packed": ("sparse_adamw_", (*packed_lists, *packed_scales, [], *half_tail)),
         "fusion": (
             "relevance_sparse_adamw_",
-            (*lists, [], [], [], [torch.zeros(1, 6), torch.zeros(1, 5)], [2], *tail),
+            (*lists, [], [], [], [torch.zeros(1, 6), torch.zeros(1, 5)], [2], [0, 1], *tail),
         ),
         "fusion_masters": (
             "relevance_sparse_adamw_",
-            (*lists_and_masters(mastered), [torch.zeros(2, 6)], [0, 3], *tail),
+            (*lists_and_masters(mastered), [torch.zeros(2, 6)], [0, 3], [0], *tail),
         ),
         "fusion_columns": (
             "relevance_sparse_adamw_",
-            (*lists_and_masters(columns), [torch.zeros(1, 6)], [1], *tail),
+            (*lists_and_masters(columns), [torch.zeros(1, 6)], [1], [0], *tail),
         ),
         "fusion_stochastic": (
             "relevance_sparse_adamw_",
-            (*lists_and_masters(rounded), [torch.zeros(1, 6), torch.zeros(1, 5)], [0], *by_chance),
+            (*lists_and_masters(rounded), [torch.zeros(1, 6), torch.zeros(1, 5)], [0], [0, 1], *by_chance),
+        ),
+        "fusion_ffn": (
+            "relevance_sparse_adamw_",
+            (*lists_and_masters(joined), [torch.zeros(2, 6)], [0, 1], [0, 0, 0], *tail),
         ),
         "weight_grad": ("selected_weight_grad", (torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.tensor([0, 3]))),
     }
@@ -162,7 +168,7 @@ calls = {
     "neuron_relevance_": lambda op: op([w], [w], [torch.zeros(1, 2)], [0], [0], [0], None, None),
     "select_top": lambda op: op([torch.ones(3)], [0], [1]),
     "sparse_adamw_": lambda op: op(*lists(), *tail),
-    "relevance_sparse_adamw_": lambda op: op(*lists(), [torch.zeros(1, 2)], [0], *tail),
+    "relevance_sparse_adamw_": lambda op: op(*lists(), [torch.zeros(1, 2)], [0], [0], *tail),
 }
 for name, call in calls.items():
     if child := os.fork():  # each is the first call of its process

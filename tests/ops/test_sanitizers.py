@@ -27,7 +27,7 @@ torch.set_num_threads(2)
 from leaml_plugin.ops import _loader
 _loader.LIBRARIES["cpu"] = Path(sys.argv[1])
 sys.path.insert(0, sys.argv[2])
-from kernel_cases import DTYPES, LAYOUTS, WIDTHS, make_problem, random_matrix
+from kernel_cases import DTYPES, FFN_SLOTS, LAYOUTS, WIDTHS, ffn_problem, make_problem, random_matrix
 from leaml_plugin import ops
 assert _loader.native(torch.device("cpu"))
 digest = hashlib.sha256()
@@ -58,6 +58,10 @@ for layout in LAYOUTS:
 for dtype in DTYPES:
     p = make_problem([(300, 700)] * 3, dtype, master=True)
     p.step("native")
+    p = ffn_problem(dtype, 70, 300)
+    lists, options = p.arguments()
+    out = [torch.zeros(70), torch.zeros(70)]
+    seen(ops.relevance_sparse_adamw_(*lists, out, slots=FFN_SLOTS, **options), *out, *p.tensors())
     seen(*p.tensors())
 generator = torch.Generator().manual_seed(0)
 scores = [torch.randn(n, generator=generator) for n in (0, 1, 5000, 70000)]
