@@ -27,8 +27,11 @@ namespace {
 int level() {
   static const int found = [] {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return 4;
-    return __builtin_cpu_supports("x86-64-v3") ? 3 : 2;
+    const int own = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 2;
+#if defined(LEAML_LEVEL)  // for the tests: at most this one
+    return own < LEAML_LEVEL ? own : LEAML_LEVEL;
+#endif
+    return own;
   }();
   return found;
 }
@@ -215,6 +218,14 @@ LEAML_V4 LEAML_HD void widen(const fp16* p, __m512& out) {
 }
 LEAML_V3 LEAML_HD void widen(const float* p, __m256& out) { out = _mm256_loadu_ps(p); }
 LEAML_V4 LEAML_HD void widen(const float* p, __m512& out) { out = _mm512_loadu_ps(p); }
+LEAML_V3 LEAML_HD void widen(const bf16* p, __m256& out) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  out = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+LEAML_V4 LEAML_HD void widen(const bf16* p, __m512& out) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  out = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 // Two vectors from one load: a cache line that is touched twice may be gone in between, where rows that lie a power of two
 // apart crowd the same few places of the cache.
 LEAML_V3 LEAML_HD void widen_pair(const bf16* p, __m256* out) {
@@ -250,6 +261,24 @@ LEAML_V4 LEAML_HD void narrow(const __m512& x, fp16* p) {
   const __m512 y = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x, canonical);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
 }
+LEAML_V3 LEAML_HD void narrow(const __m256& x, bf16* p) {
+  const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256 y = _mm256_blendv_ps(_mm256_castsi256_ps(_mm256_srli_epi32(sum, 16)),
+                                    _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc0)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i z = _mm256_castps_si256(y);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(z), _mm256_extracti128_si256(z, 1)));
+}
+LEAML_V4 LEAML_HD void narrow(const __m512& x, bf16* p) {
+  const __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i y = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                          _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(y));
+}
+LEAML_V3 LEAML_HD void narrow(const __m256& x, float* p) { _mm256_storeu_ps(p, x); }
+LEAML_V4 LEAML_HD void narrow(const __m512& x, float* p) { _mm512_storeu_ps(p, x); }
 LEAML_V3 LEAML_HD void root(const __m256& x, __m256& out) { out = _mm256_sqrt_ps(x); }
 LEAML_V4 LEAML_HD void root(const __m512& x, __m512& out) { out = _mm512_sqrt_ps(x); }
 LEAML_V3 LEAML_HD void magnitude(const __m256& x, __m256& out) {
@@ -475,15 +504,17 @@ LEAML_HD void columns_body(const A* w, const B* g, int64_t w_stride, int64_t g_s
 #if defined(LEAML_DISPATCH)
 // The same with the sums in registers for some rows at once. Half types take four rows and fetch the next four line by
 // line: widening is what takes time there. fp32 takes one, as memory does: a single stream, which the hardware follows,
-// is faster than what can be fetched by hand.
+// is faster than what can be fetched by hand. But where reads_in_pairs(), it takes two and asks for both early (Pairs).
 #define LEAML_COLUMNS(name, target, F) \
-  template <bool Absolute, class A, class B> \
+  template <bool Absolute, bool Pairs, class A, class B> \
   target void name(const void* weights, const void* grads, int64_t w_stride, int64_t g_stride, int64_t rows, int64_t n, \
                    const ColumnSums* into) { \
     const A* w = static_cast<const A*>(weights); \
     const B* g = static_cast<const B*>(grads); \
-    constexpr bool stream = sizeof(A) == 4; \
-    constexpr int width = sizeof(F) / 4, chunk = 2 * width, together = stream ? 1 : 4; \
+    constexpr bool stream = sizeof(A) == 4 && !Pairs; \
+    constexpr int width = sizeof(F) / 4, chunk = 2 * width, together = stream ? 1 : Pairs ? 2 : 4; \
+    const int64_t w_ahead = Pairs ? kAheadBytes / int64_t(sizeof(A)) : together * w_stride; \
+    const int64_t g_ahead = Pairs ? kAheadBytes / int64_t(sizeof(B)) : together * g_stride; \
     int64_t r = 0; \
     for (; r + together <= rows; r += together, w += together * w_stride, g += together * g_stride) { \
       int64_t i = 0; \
@@ -500,9 +531,10 @@ LEAML_HD void columns_body(const A* w, const B* g, int64_t w_stride, int64_t g_s
             const A* own_w = w + q * w_stride + i; \
             const B* own_g = g + q * g_stride + i; \
             if constexpr (!stream) { \
-              __builtin_prefetch(own_w + together * w_stride); \
+              _Pragma("GCC unroll 2") for (int k = 0; k < chunk; k += 64 / int(sizeof(A))) \
+                __builtin_prefetch(own_w + w_ahead + k); \
               _Pragma("GCC unroll 2") for (int k = 0; k < chunk; k += 64 / int(sizeof(B))) \
-                __builtin_prefetch(own_g + together * g_stride + k); \
+                __builtin_prefetch(own_g + g_ahead + k); \
             } \
             F a[2], b[2], size; \
             widen_pair(own_w, a), widen_pair(own_g, b); \
@@ -537,8 +569,10 @@ void columns_v2(const void* w, const void* g, int64_t w_stride, int64_t g_stride
 template <class A, class B>
 AddColumns columns(bool absolute) {
 #if defined(LEAML_DISPATCH)
-  if (level() == 4) return absolute ? columns_v4<true, A, B> : columns_v4<false, A, B>;
-  if (level() == 3) return absolute ? columns_v3<true, A, B> : columns_v3<false, A, B>;
+  if constexpr (sizeof(A) == 4)
+    if (reads_in_pairs()) return absolute ? columns_v4<true, true, A, B> : columns_v4<false, true, A, B>;
+  if (level() == 4) return absolute ? columns_v4<true, false, A, B> : columns_v4<false, false, A, B>;
+  if (level() == 3) return absolute ? columns_v3<true, false, A, B> : columns_v3<false, false, A, B>;
 #endif
   return absolute ? columns_v2<true, A, B> : columns_v2<false, A, B>;
 }
@@ -607,29 +641,22 @@ LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __res
 #define LEAML_STEP_ARGUMENTS \
   void *w, const void *g, float *m, float *v, float *master, int32_t n, float unscale, float factor, const Hyper *hyper, \
       const RowCoefficients *row, const Ahead *next, uint32_t key
-#define LEAML_STEP_ROW(name, W, G, keep) \
-  LEAML_CLONES void name(LEAML_STEP_ARGUMENTS) { \
-    const Hyper h = *hyper; \
-    const RowCoefficients c = *row; \
-    const Ahead a = *next; \
-    step_row_body<keep>(static_cast<W*>(w), static_cast<const G*>(g), m, v, master, n, unscale, factor, h, c, a, key); \
-  }
-LEAML_STEP_ROW(step_f32_f32, float, float, Keep::nearest)
-LEAML_STEP_ROW(step_bf16_bf16, bf16, bf16, Keep::nearest)
-LEAML_STEP_ROW(step_bf16_bf16_stochastic, bf16, bf16, Keep::stochastic)
-LEAML_STEP_ROW(step_bf16_bf16_master, bf16, bf16, Keep::master)
-LEAML_STEP_ROW(step_bf16_f32, bf16, float, Keep::nearest)
-LEAML_STEP_ROW(step_bf16_f32_stochastic, bf16, float, Keep::stochastic)
-LEAML_STEP_ROW(step_bf16_f32_master, bf16, float, Keep::master)
+// On any processor.
+template <Keep keep, class W, class G>
+void step_v2(LEAML_STEP_ARGUMENTS) {
+  step_row_body<keep>(static_cast<W*>(w), static_cast<const G*>(g), m, v, master, n, unscale, factor, *hyper, *row, *next,
+                      key);
+}
 
 #if defined(LEAML_DISPATCH)
-#define LEAML_STEP_F16(name, target, F) \
-  template <Keep keep, class G> \
+// The same in explicit vectors: a compiler finds fewer instructions for the half types, and none of those for fp16.
+#define LEAML_STEP(name, target, F) \
+  template <Keep keep, class W, class G> \
   target void name(LEAML_STEP_ARGUMENTS) { \
     const Hyper h = *hyper; \
     const RowCoefficients c = *row; \
     const Ahead ahead = *next; \
-    fp16* weights = static_cast<fp16*>(w); \
+    W* weights = static_cast<W*>(w); \
     const G* grads = static_cast<const G*>(g); \
     constexpr int32_t width = sizeof(F) / 4; \
     for (int32_t begin = 0; begin < n; begin += kChunk) { \
@@ -668,20 +695,24 @@ LEAML_STEP_ROW(step_bf16_f32_master, bf16, float, Keep::master)
       } \
     } \
   }
-LEAML_STEP_F16(step_f16_v3, LEAML_V3, __m256)
-LEAML_STEP_F16(step_f16_v4, LEAML_V4, __m512)
-
-template <class G>
-StepRow step_f16(Keep keep) {
-  if (level() == 4)
-    return keep == Keep::master       ? step_f16_v4<Keep::master, G>
-           : keep == Keep::stochastic ? step_f16_v4<Keep::stochastic, G>
-                                      : step_f16_v4<Keep::nearest, G>;
-  return keep == Keep::master       ? step_f16_v3<Keep::master, G>
-         : keep == Keep::stochastic ? step_f16_v3<Keep::stochastic, G>
-                                    : step_f16_v3<Keep::nearest, G>;
-}
+LEAML_STEP(step_v3, LEAML_V3, __m256)
+LEAML_STEP(step_v4, LEAML_V4, __m512)
 #endif
+
+template <Keep keep, class W, class G>
+StepRow step_of() {
+#if defined(LEAML_DISPATCH)
+  if (level() == 4) return step_v4<keep, W, G>;
+  if (level() == 3) return step_v3<keep, W, G>;
+#endif
+  return step_v2<keep, W, G>;
+}
+
+template <class W, class G>
+StepRow step_of(Keep keep) {
+  if (keep == Keep::master) return step_of<Keep::master, W, G>();
+  return keep == Keep::stochastic ? step_of<Keep::stochastic, W, G>() : step_of<Keep::nearest, W, G>();
+}
 
 LEAML_CLONES void decode_clones(const uint8_t* __restrict code, float scale, int64_t n, bool is_signed,
                                 float* __restrict out) {
@@ -781,17 +812,10 @@ void step(float* w, const float* g, float* m, float* v, int64_t n, float unscale
 }
 
 StepRow step_row(Type wt, Type gt, Keep keep) {
-  if (wt == Type::f32) return gt == Type::f32 && keep != Keep::master ? step_f32_f32 : nullptr;
   if (gt != wt && gt != Type::f32) return nullptr;
-  if (wt == Type::bf16) {
-    if (keep == Keep::master) return gt == wt ? step_bf16_bf16_master : step_bf16_f32_master;
-    if (keep == Keep::stochastic) return gt == wt ? step_bf16_bf16_stochastic : step_bf16_f32_stochastic;
-    return gt == wt ? step_bf16_bf16 : step_bf16_f32;
-  }
-#if defined(LEAML_DISPATCH)
-  if (level() >= 3) return gt == wt ? step_f16<fp16>(keep) : step_f16<float>(keep);
-#endif
-  return nullptr;
+  if (wt == Type::f32) return keep == Keep::master ? nullptr : step_of<Keep::nearest, float, float>();
+  if (wt == Type::bf16) return gt == wt ? step_of<bf16, bf16>(keep) : step_of<bf16, float>(keep);
+  return gt == wt ? step_of<fp16, fp16>(keep) : step_of<fp16, float>(keep);
 }
 
 void decode(const uint8_t* code, const float* scales, int64_t n, bool is_signed, float* out) {
