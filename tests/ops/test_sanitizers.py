@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,11 @@ def installed(native) -> str:
     return run(_loader.LIBRARIES["cpu"])
 
 
-# the loops in the machine's own vectors (but for the clones, see cpu_kernels.cpp), two rows at once as on Intel; those
-# of processors without AVX-512; and those of any other
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "definitions", [("NO_CLONES", "READ_IN_PAIRS"), ("NO_CLONES", "LEVEL=3"), ("NO_DISPATCH",)], ids="-".join
-)
-def test_no_access_out_of_bounds_nothing_undefined_and_the_same_bits(tmp_path, installed, definitions):
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Callable[[Path, tuple[str, ...]], list[str]]:
+    """Builds a library with both sanitizers; what comes back are their runtimes, with which a process has to begin."""
+    import torch
+
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to build the sanitized kernels with")
@@ -101,18 +100,37 @@ def test_no_access_out_of_bounds_nothing_undefined_and_the_same_bits(tmp_path, i
         if not Path(path).is_absolute():
             pytest.skip(f"{name} is not installed with the compiler")
         runtimes.append(path)
-    import torch
-
     base = Path(torch.__file__).parent
-    library = tmp_path / "_C.abi3.so"
-    command = [
-        compiler, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fopenmp-simd", "-Wno-psabi", "-ffp-contract=off",
-        "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", *(f"-DLEAML_{d}" for d in definitions),
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{base / 'include'}", f"-L{base / 'lib'}",
-        str(ROOT / "csrc" / "ops_cpu.cpp"), str(ROOT / "csrc" / "cpu_kernels.cpp"), "-ltorch_cpu", "-o", str(library),
+    flags = [
+        "-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp-simd", "-Wno-psabi", "-ffp-contract=off",
+        "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-I{base / 'include'}",
     ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
+
+    def run(*arguments: str | Path) -> None:
+        built = subprocess.run([compiler, *flags, *arguments], capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stderr
+
+    shared = tmp_path_factory.mktemp("sanitized") / "ops_cpu.o"  # the definitions tell it nothing
+    run("-c", ROOT / "csrc" / "ops_cpu.cpp", "-o", shared)
+
+    def build(library: Path, definitions: tuple[str, ...]) -> list[str]:
+        run("-shared", *(f"-DLEAML_{d}" for d in definitions), ROOT / "csrc" / "cpu_kernels.cpp", shared,
+            f"-L{base / 'lib'}", "-ltorch_cpu", "-o", library)  # fmt: skip
+        return runtimes
+
+    return build
+
+
+# the loops in the machine's own vectors (but for the clones, see cpu_kernels.cpp), two rows at once as on Intel; those
+# of processors without AVX-512; and those of any other
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "definitions", [("NO_CLONES", "READ_IN_PAIRS"), ("NO_CLONES", "LEVEL=3"), ("NO_DISPATCH",)], ids="-".join
+)
+def test_no_access_out_of_bounds_nothing_undefined_and_the_same_bits(tmp_path, installed, sanitized, definitions):
+    library = tmp_path / "_C.abi3.so"
+    runtimes = sanitized(library, definitions)
     # Python and torch keep what they allocate, so leaks are not looked for
     found = run(library, LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0", PYTHONMALLOC="malloc")
     assert found.startswith("clean ") and found == installed
