@@ -6,7 +6,7 @@ gradient.
 Does not cover: how many bytes the other ops need (``kernels``, ``layers``).
 
 On a CPU with one thread there are several ways to do either, and which is the fastest depends on the machine: with and
-without software prefetching, at several distances, and torch's own op. All are timed before an op is measured, and the
+without software prefetching, at several distances, as two streams or four, and torch's own op. All are timed before an op is measured, and the
 fastest is its limit: one chosen, so that each repetition pairs one measurement of it with one of ours. The loops of
 ``_native`` have one thread; with more, the limit is torch's op alone, and so it is on a GPU.
 """
@@ -51,21 +51,23 @@ class Limit:
             first, second = self.buffer.chunk(2)
             self.candidates.append(Contender("torch_dot", lambda: torch.dot(first, second)))
         if device.type == "cpu" and threads == 1:
-            self.candidates += [self.loop(read_only, prefetch) for prefetch in (False, True)]
+            for streams in (2, 4) if read_only else (1,):
+                self.candidates += [self.loop(streams, prefetch) for prefetch in (False, True)]
 
-    def loop(self, read_only: bool, prefetch: bool) -> Contender:
-        """The compiled loop over the buffer."""
+    def loop(self, streams: int, prefetch: bool) -> Contender:
+        """The compiled loop over the buffer: rewriting it as one stream, or reading it as several."""
         from leaml_plugin import _native
 
         start, size = self.buffer.data_ptr(), self.elements * 4
 
         def read() -> None:
-            _native.stream_read(start, start + size // 2, size // 2, prefetch)
+            _native.stream_read(start, start + size // 2, size // 2, prefetch, streams)
 
         def rewrite() -> None:
             _native.stream_rewrite(start, size, prefetch)
 
-        return Contender("prefetch" if prefetch else "plain", read if read_only else rewrite)
+        name = "prefetch" if prefetch else "plain"
+        return Contender(f"{name}_{streams}" if streams > 2 else name, rewrite if streams == 1 else read)
 
 
 def same_bytes(layers: Layers) -> list[Contender]:

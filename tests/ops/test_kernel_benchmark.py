@@ -244,14 +244,15 @@ def test_row_traffic_refuses_odd_sizes(native):
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
-@pytest.mark.parametrize("words", [0, 1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("words", [0, 1, 63, 64, 65, 1000, 4096, 10_000])
 def test_a_stream_reads_every_word_and_changes_none(native, words, prefetch):
     from leaml_plugin import _native
 
     a, b = torch.randint(-(2**31), 2**31, (2, words + 1), dtype=torch.int32)  # the word after the end is not to count
     before = a.clone()
     wanted = (a[:words] ^ b[:words]).sum(dtype=torch.int64).item() % 2**32
-    assert _native.stream_read(a.data_ptr(), b.data_ptr(), 4 * words, prefetch) == wanted
+    for streams in (2, 4):
+        assert _native.stream_read(a.data_ptr(), b.data_ptr(), 4 * words, prefetch, streams) == wanted
     _native.stream_rewrite(a.data_ptr(), 4 * words, prefetch)
     assert torch.equal(a, before)
 
@@ -261,6 +262,8 @@ def test_a_stream_refuses_odd_sizes(native):
 
     with pytest.raises(ValueError, match=r"stream_read: wanted .* got 6 bytes"):
         _native.stream_read(8, 8, 6, False)
+    with pytest.raises(ValueError, match="wanted 2 or 4 streams, got 3"):
+        _native.stream_read(8, 8, 8, False, 3)
     with pytest.raises(ValueError, match=r"stream_rewrite: wanted .* got -4 bytes"):
         _native.stream_rewrite(8, -4, True)
 
@@ -276,7 +279,7 @@ def test_several_threads_are_not_held_against_loops_of_one(native):
     cpu = torch.device("cpu")
     for read_only, torch_ways in ((True, ["torch", "torch_dot"]), (False, ["torch"])):
         one = [way.name for way in limits.Limit(8, cpu, read_only, threads=1).candidates]
-        assert one == [*torch_ways, "plain", "prefetch"]
+        assert one == [*torch_ways, "plain", "prefetch", *(["plain_4", "prefetch_4"] if read_only else [])]
         assert [way.name for way in limits.Limit(8, cpu, read_only, threads=2).candidates] == torch_ways
 
 
