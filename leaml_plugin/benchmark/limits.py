@@ -6,9 +6,9 @@ gradient.
 Does not cover: how many bytes the other ops need (``kernels``, ``layers``).
 
 On a CPU with one thread there are several ways to do either, and which is the fastest depends on the machine: with and
-without software prefetching, at several distances, as two streams or four, and torch's own op. All are timed before an op is measured, and the
-fastest is its limit: one chosen, so that each repetition pairs one measurement of it with one of ours. The loops of
-``_native`` have one thread; with more, the limit is torch's op alone, and so it is on a GPU.
+without software prefetching, at several distances, as two streams or four, and torch's own op. All are timed before an
+op is measured, and the fastest is its limit: one chosen, so that each repetition pairs one measurement of it with one
+of ours. The loops of ``_native`` have one thread; with more, the limit is torch's op alone, and so it is on a GPU.
 """
 
 from __future__ import annotations
