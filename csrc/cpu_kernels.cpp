@@ -205,8 +205,8 @@ LEAML_HD Sums row_body(const A* w, const B* g, int64_t n) {
 }
 
 #if defined(LEAML_DISPATCH)
-// fp16 in hardware: a compiler does not turn to_float(fp16) into the instruction. The twins of what follows are
-// row_body<W> over fp16, columns_body, load_body / store_body and step_row_body.
+// Explicit vectors: half types need fewer instructions so, and a compiler does not turn to_float(fp16) into the one that
+// there is. The twins of what follows are row_body<W> over fp16, columns_body, load_body / store_body and step_row_body.
 #define LEAML_V3 __attribute__((target("arch=x86-64-v3")))
 #define LEAML_V4 __attribute__((target("arch=x86-64-v4")))
 
@@ -619,6 +619,18 @@ LEAML_HD void prefetch_ahead(const W* w, const G* g, const float* m, const float
 }
 
 template <Keep keep, class W, class G>
+LEAML_HD void step_element(W& w, const G& g, float& m, float& v, float* master, float unscale, float factor,
+                           const Hyper& h, const RowCoefficients& c, uint32_t key, int32_t column) {
+  float value = keep == Keep::master ? *master : to_float(w);
+  adamw_element(value, (to_float(g) * unscale) * factor, m, v, h, c);
+  if constexpr (keep == Keep::master) *master = value;
+  if constexpr (keep == Keep::stochastic)
+    round_stochastically(value, random_bits(key, uint32_t(column), kWeightStream), w);
+  else
+    from_float(value, w);
+}
+
+template <Keep keep, class W, class G>
 LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __restrict m, float* __restrict v,
                             float* __restrict master, int32_t n, float unscale, float factor, const Hyper& h,
                             const RowCoefficients& c, const Ahead& next, uint32_t key) {
@@ -626,15 +638,9 @@ LEAML_HD void step_row_body(W* __restrict w, const G* __restrict g, float* __res
     prefetch_ahead(w, g, m, v, keep == Keep::master ? master : nullptr, begin, n, next);
     const int32_t end = begin + kChunk < n ? begin + kChunk : n;
 #pragma omp simd
-    for (int32_t i = begin; i < end; ++i) {
-      float value = keep == Keep::master ? master[i] : to_float(w[i]);
-      adamw_element(value, (to_float(g[i]) * unscale) * factor, m[i], v[i], h, c);
-      if constexpr (keep == Keep::master) master[i] = value;
-      if constexpr (keep == Keep::stochastic)
-        round_stochastically(value, random_bits(key, uint32_t(i), kWeightStream), w[i]);
-      else
-        from_float(value, w[i]);
-    }
+    for (int32_t i = begin; i < end; ++i)
+      step_element<keep>(w[i], g[i], m[i], v[i], keep == Keep::master ? master + i : nullptr, unscale, factor, h, c, key,
+                         i);
   }
 }
 
@@ -649,7 +655,7 @@ void step_v2(LEAML_STEP_ARGUMENTS) {
 }
 
 #if defined(LEAML_DISPATCH)
-// The same in explicit vectors: a compiler finds fewer instructions for the half types, and none of those for fp16.
+// The same in explicit vectors: a compiler takes more instructions for the half types, and none of those for fp16.
 #define LEAML_STEP(name, target, F) \
   template <Keep keep, class W, class G> \
   target void name(LEAML_STEP_ARGUMENTS) { \
@@ -684,15 +690,9 @@ void step_v2(LEAML_STEP_ARGUMENTS) {
       } \
       if constexpr (keep == Keep::stochastic) \
         stochastic_body(values, i - begin, weights + begin, 1, key, uint32_t(begin)); \
-      for (; i < end; ++i) { \
-        float value = keep == Keep::master ? master[i] : to_float(weights[i]); \
-        adamw_element(value, (to_float(grads[i]) * unscale) * factor, m[i], v[i], h, c); \
-        if constexpr (keep == Keep::master) master[i] = value; \
-        if constexpr (keep == Keep::stochastic) \
-          round_stochastically(value, random_bits(key, uint32_t(i), kWeightStream), weights[i]); \
-        else \
-          from_float(value, weights[i]); \
-      } \
+      for (; i < end; ++i) \
+        step_element<keep>(weights[i], grads[i], m[i], v[i], keep == Keep::master ? master + i : nullptr, unscale, factor, \
+                           h, c, key, i); \
     } \
   }
 LEAML_STEP(step_v3, LEAML_V3, __m256)

@@ -60,7 +60,7 @@ enum class Keep : int { nearest = 0, stochastic = 1, master = 2 };
 // row's. `key` seeds stochastic rounding.
 using StepRow = void (*)(void* w, const void* g, float* m, float* v, float* master, int32_t n, float unscale, float factor,
                          const Hyper* h, const RowCoefficients* c, const Ahead* next, uint32_t key);
-// The function for these types; null where there is none on this processor.
+// The function for these types; null where there is none: fp32 with a master, half gradients of another type.
 StepRow step_row(Type wt, Type gt, Keep keep);
 
 // 8-bit states of n <= kTile elements whose first one starts a block; `column` is its position in the row.

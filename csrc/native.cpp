@@ -99,7 +99,7 @@ class RowTraffic {
 
 // Streams, for the benchmark's limits: how fast one thread reads two buffers side by side, or rewrites one. A word of
 // each line asks for the line 2 KiB later where kPrefetch says so: some machines stream faster with it, some without; and
-// some read faster still where it is two pieces of each buffer at once.
+// some read faster still where it is two pieces of each buffer at once, asked for 1 KiB early.
 constexpr int64_t kLine = 16, kChunk = 64, kAhead = 512, kPiece = 2048;  // 32-bit words
 
 template <bool kPrefetch>
@@ -127,12 +127,14 @@ inline __attribute__((always_inline)) uint32_t read_pieces(const uint32_t* a, co
   int64_t base = 0;
   for (; base + 2 * kPiece <= words; base += 2 * kPiece) {
     for (int64_t i = base; i < base + kPiece; i += kChunk / 2) {
+      // at the end of a piece what comes is the piece after next
+      const int64_t ahead = kAhead / 2 + (i + kAhead / 2 < base + kPiece ? 0 : kPiece);
       for (int64_t q = 0; q < 2; ++q) {
         const uint32_t *__restrict x = a + q * kPiece + i, *__restrict y = b + q * kPiece + i;
         if constexpr (kPrefetch)
           for (int64_t j = 0; j < kChunk / 2; j += kLine) {
-            __builtin_prefetch(x + j + kAhead / 2);
-            __builtin_prefetch(y + j + kAhead / 2);
+            __builtin_prefetch(x + j + ahead);
+            __builtin_prefetch(y + j + ahead);
           }
         for (int64_t j = 0; j < kChunk / 2; ++j) sums[q][j] += x[j] ^ y[j];
       }

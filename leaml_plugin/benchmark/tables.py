@@ -117,7 +117,11 @@ def page(rows: Sequence[Row]) -> str:
         ("Sparse AdamW", of("sparse_adamw", "fp32"), {**common, **stream}),
         ("Sparse AdamW of columns", of("sparse_adamw_columns"), {**without_share, **lines}),
         ("Fusion: relevance of all neurons and the masked step", of("fusion", "fp32"), {**common, **over}),
-        ("Fusion over feed-forward neurons", of("fusion_ffn"), {**common, **over}),
+        (
+            "Fusion over feed-forward neurons",
+            of("fusion_ffn"),
+            {**common, "M weights": lambda row: f"{row['parameters'] / 1e6:.0f}", **over},
+        ),
         (
             "Other states: the step",
             of("sparse_adamw", "8bit", "master"),

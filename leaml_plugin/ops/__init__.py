@@ -552,6 +552,8 @@ def relevance_sparse_adamw_(
 ) -> Tensor:
     """:func:`sparse_adamw_` and :func:`neuron_relevance_` of all rows in one pass, for selection during training.
 
+    A transposed weight is read twice: its rows lie across memory, so that a pass over all of them comes first.
+
     ``out`` gets the relevance of every row, from the weights before the step and the gradients before clipping.
     Gradients must be dense. Returns the squared gradient norm, which comes too late to clip this very step: pass
     the coefficient of a separate relevance pass, or that of the step before. With ``found_inf`` set neither weights

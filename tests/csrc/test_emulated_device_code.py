@@ -272,8 +272,9 @@ def test_rows_that_begin_off_a_16_byte_boundary(device, dtype, eight_bit):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_found_inf_changes_nothing(device, fused):
-    problem = make_problem([(9, 256)], found_inf=torch.tensor([1.0]))
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_found_inf_changes_nothing(device, fused, layout):
+    problem = make_problem([(9, 256)], layout=layout, found_inf=torch.tensor([1.0]))
     before = problem.copy()
     device.step(problem, fused)
     assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before.tensors()))

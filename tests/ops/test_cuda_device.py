@@ -220,9 +220,10 @@ def test_bad_gradients_spoil_the_same_elements_as_on_the_cpu(bad, dtype, eight_b
             assert torch.equal(a.cpu().view(torch.int16)[b.isnan()], b.view(torch.int16)[b.isnan()])
 
 
-def test_found_inf_changes_nothing():
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_found_inf_changes_nothing(layout):
     for fused in (False, True):
-        gpu = on_device(make_problem([(9, 256)], found_inf=torch.tensor([1.0])))
+        gpu = on_device(make_problem([(9, 256)], layout=layout, found_inf=torch.tensor([1.0])))
         before = [t.clone() for t in gpu.tensors()]
         out = take_step(gpu, fused)
         assert all(torch.equal(a, b) for a, b in zip(gpu.tensors(), before))

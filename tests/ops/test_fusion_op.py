@@ -137,8 +137,9 @@ def test_weights_of_one_slot_must_have_the_same_neurons():
         ops.relevance_sparse_adamw_(*lists, [torch.zeros(8)], slots=[0, 0], **options)
 
 
-def test_found_inf_stops_both_parts():
-    problem = make_problem([(8, 40)], found_inf=torch.tensor(1.0))
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_found_inf_stops_both_parts(layout):
+    problem = make_problem([(8, 40)], layout=layout, found_inf=torch.tensor(1.0))
     before, out = problem.copy(), [torch.zeros(8)]
     lists, options = problem.arguments()
     ops.relevance_sparse_adamw_(*lists, out, **options)

@@ -30,7 +30,8 @@ def samples():
     rounded = make_problem([(6, 40), (5, 1)], torch.bfloat16, torch.float32, density=0.5)
     by_chance = (*tail[:-2], True, 9)
     joined = make_problem([(6, 40)] * 3, density=0.5)
-    joined.params[2] = joined.params[2].t().contiguous().t()
+    for part in (joined.params, joined.grads):
+        part[2] = part[2].t().contiguous().t()
 
     def lists_and_masters(problem):
         lists, options = problem.arguments()
