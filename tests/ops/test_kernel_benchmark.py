@@ -110,7 +110,7 @@ def test_feed_forward_neurons_are_three_weights_with_one_selection(native, dtype
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-5)
     for got, wanted, old, rows in zip(forward.weights, eager.weights, before, forward.rows):
         moved, meant = (got - old)[rows].float(), (wanted - old)[rows].float()
-        assert (moved != 0).float().mean() > 0.9
+        assert (moved != 0).float().mean() > 0.8  # some are smaller than half a unit of bf16
         # a bf16 weight near the middle of two numbers may fall to either
         assert torch.isclose(moved, meant, rtol=1e-2, atol=1e-7).float().mean() > 0.98
 
