@@ -240,6 +240,12 @@ inline std::vector<Update> updates_of(const Tensors& params, const Tensors& rows
   return updates;
 }
 
+// Of the fusion, where every row of a weight feeds its slot.
+inline void check_slots(const std::vector<int64_t>& slots, const std::vector<Update>& updates, const std::vector<Output>& out) {
+  check_count("slots", slots, updates);
+  for (size_t i = 0; i < updates.size(); ++i) check_slot(slots[i], updates[i].w.rows, out, i);
+}
+
 inline Hyper hyper_of(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
                       bool stochastic, int64_t seed) {
   STD_TORCH_CHECK(beta1 >= 0.0 && beta1 < 1.0 && beta2 >= 0.0 && beta2 < 1.0, "betas: wanted 0 <= beta < 1, got ", beta1,

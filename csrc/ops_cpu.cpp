@@ -449,12 +449,10 @@ Tensor relevance_sparse_adamw_cpu(Tensors params, Tensors rows, Tensors grads, T
   check_rows(updates);
   const Call call = call_of(hyper_of(lr, beta1, beta2, eps, weight_decay, maximize, stochastic_rounding, seed), lr_tensor,
                             clip_coef, grad_scale, found_inf);
-  check_count("slots", slots, updates);
+  check_slots(slots, updates, outputs);
   std::vector<Part> parts;
-  for (size_t i = 0; i < updates.size(); ++i) {
-    check_slot(slots[i], updates[i].w.rows, outputs, i);
+  for (size_t i = 0; i < updates.size(); ++i)
     parts.push_back(Part{updates[i].w, updates[i].g, 0, int(slots[i])}.as_it_lies());
-  }
   std::vector<std::vector<Sums>> sums = sums_for(parts);
   const bool absolute = has_absolute(criteria);
   const std::vector<Item> items = pieces_of(parts, [](const Part& p) {

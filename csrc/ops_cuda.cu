@@ -360,12 +360,9 @@ Tensor relevance_sparse_adamw_cuda(Tensors params, Tensors rows, Tensors grads, 
   const std::vector<Update> updates = updates_of(params, rows, grads, exp_avg, exp_avg_sq, steps, exp_avg_scale,
                                                  exp_avg_sq_scale, masters, true, kOnDevice, device.index);
   check_updates(updates);
-  check_count("slots", slots, updates);
+  check_slots(slots, updates, outputs);
   std::vector<int64_t> neurons;
-  for (size_t i = 0; i < updates.size(); ++i) {
-    check_slot(slots[i], updates[i].w.rows, outputs, i);
-    neurons.push_back(updates[i].w.rows);
-  }
+  for (const Update& u : updates) neurons.push_back(u.w.rows);
   const std::vector<int> own(slots.begin(), slots.end());
   check_members(own, outputs.size());
   const Workspace work(device, neurons);

@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leaml_plugin.benchmark.kernels import machine, quantile
+from leaml_plugin.benchmark.kernels import machine
+from leaml_plugin.benchmark.timing import middle
 from leaml_plugin.errors import LeamlError, unknown_name
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _compare(bench: Bench, workload: str, clock: Callable[[], float], name: str,
             _wait(bench.loaded.device)
             taken[way] = clock() - began
         times.append(taken)
-    ratios = {way: [t[way] / t[OURS] for t in times] for way in (LOOP, BATCHES)}
+    ratios = {way: middle([t[way] / t[OURS] for t in times]) for way in (LOOP, BATCHES)}
     seconds = statistics.median(t[OURS] for t in times)
     same = {way: [a == b for a, b in zip(texts[way], texts[OURS], strict=True)] for way in ratios}
     return Row(
@@ -269,8 +270,8 @@ def _compare(bench: Bench, workload: str, clock: Callable[[], float], name: str,
         new_tokens=bench.config.new_tokens,
         seconds=round(seconds, 3),
         texts_per_second=round(len(bench.turns) * bench.samples / seconds, 2),
-        ratio={way: round(statistics.median(values), 3) for way, values in ratios.items()},
-        spread={way: (round(quantile(v, 0.2), 3), round(quantile(v, 0.8), 3)) for way, v in ratios.items()},
+        ratio={way: ratio for way, (ratio, _) in ratios.items()},
+        spread={way: spread for way, (_, spread) in ratios.items()},
         equal_texts={way: round(statistics.mean(values), 4) for way, values in same.items()},
         pairs=bench.config.pairs,
         clock=name,

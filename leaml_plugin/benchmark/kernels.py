@@ -35,7 +35,7 @@ from typing import Any
 
 from leaml_plugin.artifacts import read_json, write_text
 from leaml_plugin.benchmark import tables
-from leaml_plugin.benchmark.layers import MODELS, STATES, Layers, layer_shapes
+from leaml_plugin.benchmark.layers import MODELS, STATES, Layers, layer_shapes, random_rows
 from leaml_plugin.benchmark.limits import Limit, column_bytes, fastest, feed_forward_bytes, same_bytes, same_product
 from leaml_plugin.benchmark.peers import (
     HYPER,
@@ -54,7 +54,6 @@ from leaml_plugin.benchmark.peers import (
     relevance_and_squared_norm,
 )
 from leaml_plugin.benchmark.timing import Contender, Timer, compare, summary
-from leaml_plugin.benchmark.timing import quantile as quantile  # other benchmarks take it from here
 from leaml_plugin.errors import LeamlError, unknown_name
 from leaml_plugin.report.markdown import require_marks, write_between
 
@@ -259,24 +258,29 @@ class Bench:
                 contenders.append(Contender("compile_with_norm", lambda: both(*lists)))
         self.measure(op, dtype, None, contenders, self.limit(needed, True), needed, layers)
 
-    def sparse_adamw(self, dtype: str, layers: Layers, density: float) -> None:
+    def step_contenders(self, layers: Layers, compiles: bool) -> list[Contender]:
+        """Our step of the selected neurons, then what one writes for it in PyTorch."""
         import torch
 
         from leaml_plugin import ops
 
         step = torch.ones((), device=layers.device)
-        ours = Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options))
         contenders = [
-            ours,
+            Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options)),
             Contender("gather_fused_scatter", gather_fused_scatter(layers)),
             Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
         ]
+        if compiles:
+            fast = self.compiled(eager_sparse_adamw)
+            contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
+        return contenders
+
+    def sparse_adamw(self, dtype: str, layers: Layers, density: float) -> None:
+        contenders = self.step_contenders(layers, self.compiles(density))
+        ours = contenders[0]
         # that loop has one thread: several threads move the same rows faster than it can
         alone = layers.device.type == "cpu" and self.config.threads == 1
         same = {"same_bytes": same_bytes(layers)} if alone else None
-        if self.compiles(density):
-            fast = self.compiled(eager_sparse_adamw)
-            contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
         needed = layers.step_bytes("fp32")
         self.measure(
             "sparse_adamw", dtype, density, contenders, self.limit(needed, False), needed, layers, "fp32", same
@@ -294,26 +298,13 @@ class Bench:
 
     def columns(self, dtype: str, layers: Layers, density: float) -> None:
         """The step of input columns; its limit counts the cache lines that these columns lie in."""
-        import torch
-
-        from leaml_plugin import ops
-
-        step = torch.ones((), device=layers.device)
-        ours = Contender("ours", lambda: ops.sparse_adamw_(*layers.step_lists, **layers.options))
-        contenders = [
-            ours,
-            Contender("gather_fused_scatter", gather_fused_scatter(layers)),
-            Contender("eager", lambda: eager_sparse_adamw(*layers.step_lists[:5], step, *HYPER)),
-        ]
-        if self.compiles(density, sparing=True):
-            fast = self.compiled(eager_sparse_adamw)
-            contenders.append(Contender("compile", lambda: fast(*layers.step_lists[:5], step, *HYPER)))
+        contenders = self.step_contenders(layers, self.compiles(density, sparing=True))
         needed = column_bytes(layers)
         self.measure(
             "sparse_adamw_columns", dtype, density, contenders, self.limit(needed, False), needed, layers, "fp32"
         )
         if density in tables.ASKED:
-            self.apart(ours, lambda: masked_dense(layers, "fused"), "dense_fused_masked", "dense_fused")
+            self.apart(contenders[0], lambda: masked_dense(layers, "fused"), "dense_fused_masked", "dense_fused")
             print(line(self.rows[-1]), flush=True)
 
     def other_state(self, dtype: str, layers: Layers, density: float, state: str) -> None:
@@ -335,41 +326,11 @@ class Bench:
             self.fusion(dtype, layers, density, state)
         layers.keep("fp32")
 
-    def fusion(self, dtype: str, layers: Layers, density: float, state: str = "fp32") -> None:
+    def fusion_contenders(self, layers: Layers) -> list[Contender]:
+        """Our fusion, its two parts one after the other, and the first of these."""
         from leaml_plugin import ops
 
-        size = layers.weights[0].element_size()
-        # every weight and gradient once; of the selected what the step moves but for reading these two
-        read_anyway = layers.selected * (size if state == "master" else 2 * size)
-        needed = 2 * layers.parameters * size + layers.step_bytes(state) - read_anyway
-
-        def parts() -> None:
-            ops.neuron_relevance_(layers.weights, layers.grads, layers.out)
-            ops.sparse_adamw_(*layers.step_lists, **layers.options)
-
-        ours = Contender("ours", lambda: ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, **layers.options))
-        contenders = [
-            ours,
-            Contender("our_two_parts", parts),
-            Contender("relevance_alone", lambda: ops.neuron_relevance_(layers.weights, layers.grads, layers.out)),
-        ]
-        if state == "fp32":  # PyTorch knows no other state of selected rows
-            contenders += self.fusion_peers(layers, density)
-        self.measure("fusion", dtype, density, contenders, self.limit(needed, True), needed, layers, state)
-        if state == "fp32":
-            name = "relevance_dense_fused_masked"
-            self.apart(ours, lambda: masked_dense(layers, "fused", relevance=True), name)
-            print(line(self.rows[-1]), flush=True)
-
-    def fusion_feed_forward(self, dtype: str, layers: Layers, density: float) -> None:
-        """Neurons that are a row of gate, a row of up and a column of down, scored across the three and stepped."""
-        import torch
-
-        from leaml_plugin import ops
-
-        step = torch.ones((), device=layers.device)
         relevance = (layers.weights, layers.grads, layers.out)
-        lists = (*layers.step_lists[:5], layers.out, step, *HYPER)
 
         def parts() -> None:
             ops.neuron_relevance_(*relevance, slots=layers.slots)
@@ -378,12 +339,35 @@ class Bench:
         def both() -> None:
             ops.relevance_sparse_adamw_(*layers.step_lists, layers.out, slots=layers.slots, **layers.options)
 
-        contenders = [
+        return [
             Contender("ours", both),
             Contender("our_two_parts", parts),
             Contender("relevance_alone", lambda: ops.neuron_relevance_(*relevance, slots=layers.slots)),
-            Contender("eager", lambda: eager_fusion_feed_forward(*lists)),
         ]
+
+    def fusion(self, dtype: str, layers: Layers, density: float, state: str = "fp32") -> None:
+        size = layers.weights[0].element_size()
+        # every weight and gradient once; of the selected what the step moves but for reading these two
+        read_anyway = layers.selected * (size if state == "master" else 2 * size)
+        needed = 2 * layers.parameters * size + layers.step_bytes(state) - read_anyway
+
+        contenders = self.fusion_contenders(layers)
+        if state == "fp32":  # PyTorch knows no other state of selected rows
+            contenders += self.fusion_peers(layers, density)
+        self.measure("fusion", dtype, density, contenders, self.limit(needed, True), needed, layers, state)
+        if state == "fp32":
+            name = "relevance_dense_fused_masked"
+            self.apart(contenders[0], lambda: masked_dense(layers, "fused", relevance=True), name)
+            print(line(self.rows[-1]), flush=True)
+
+    def fusion_feed_forward(self, dtype: str, layers: Layers, density: float) -> None:
+        """Neurons that are a row of gate, a row of up and a column of down, scored across the three and stepped."""
+        import torch
+
+        step = torch.ones((), device=layers.device)
+        lists = (*layers.step_lists[:5], layers.out, step, *HYPER)
+        contenders = self.fusion_contenders(layers)
+        contenders.append(Contender("eager", lambda: eager_fusion_feed_forward(*lists)))
         if self.compiles(density, sparing=True):
             fast = self.compiled(eager_fusion_feed_forward)
             contenders.append(Contender("compile", lambda: fast(*lists)))
@@ -443,8 +427,7 @@ class Bench:
         tokens = 256 if self.device.type == "cpu" else 8192
         x = torch.randn(tokens, hidden, device=self.device).to(torch_dtype)
         grad = torch.randn(tokens, inner, device=self.device).to(torch_dtype)
-        k = ops.selected_count(density, inner)
-        rows = torch.randperm(inner, generator=torch.Generator().manual_seed(0))[:k].sort().values.to(self.device)
+        rows = random_rows(inner, density, torch.Generator().manual_seed(0), self.device)
         contenders = [
             Contender("ours", lambda: ops.selected_weight_grad(x, grad, rows)),
             Contender("whole_gradient", lambda: grad.t() @ x),

@@ -26,6 +26,16 @@ def layer_shapes(model: str) -> list[tuple[int, int]]:
     return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), *[(inner, hidden)] * 2, (hidden, inner)]
 
 
+def random_rows(neurons: int, density: float, generator: Any, device: Any) -> Any:
+    """A random selection: int64, ascending."""
+    import torch
+
+    from leaml_plugin import ops
+
+    chosen = torch.randperm(neurons, generator=generator)[: ops.selected_count(density, neurons)]
+    return chosen.sort().values.to(device)
+
+
 class Layers:
     """Weights, gradients, rows and state of some layers in one dtype; ``dim`` is 1 where columns are trained."""
 
@@ -57,15 +67,7 @@ class Layers:
         import torch
 
         generator = torch.Generator().manual_seed(1)
-        self.train([self.random_rows(w.shape[0], density, generator) for w in self.weights])
-
-    def random_rows(self, neurons: int, density: float, generator: Any) -> Any:
-        import torch
-
-        from leaml_plugin import ops
-
-        chosen = torch.randperm(neurons, generator=generator)[: ops.selected_count(density, neurons)]
-        return chosen.sort().values.to(self.device)
+        self.train([random_rows(w.shape[0], density, generator, self.device) for w in self.weights])
 
     def train(self, rows: list[Any]) -> None:
         """Fresh state for these rows of each weight."""
@@ -95,7 +97,7 @@ class Layers:
         result.slots = [i for i in range(self.layers) for _ in range(3)]
         result.out = result.zeros(lambda w: (w.shape[0],))[::3]
         generator = torch.Generator().manual_seed(1)
-        neurons = [self.random_rows(o.shape[0], density, generator) for o in result.out]
+        neurons = [random_rows(o.shape[0], density, generator, self.device) for o in result.out]
         result.train([neurons[slot] for slot in result.slots])
         return result
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from leaml_plugin.artifacts import write_text
 from leaml_plugin.benchmark.kernels import machine
-from leaml_plugin.benchmark.timing import Contender, Timer, compare, quantile
+from leaml_plugin.benchmark.timing import Contender, Timer, compare, quantile, spread
 from leaml_plugin.errors import LeamlError, unknown_name
 
 # (hidden, feed-forward, layers, vision width, vision layers)
@@ -293,7 +293,7 @@ def run_size(config: Config) -> Iterator[Row]:
             ratio_to_full=middle["full"],
             ratio_to_lora=middle.get("lora"),
             machine=info,
-            spread={peer: (quantile(values, 0.2), quantile(values, 0.8)) for peer, values in ratios.items()},
+            spread={peer: spread(values) for peer, values in ratios.items()},
             pairs=config.pairs,
         )
         print(line(row), flush=True)

@@ -74,6 +74,17 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Their 20th and 80th percentile."""
+    return quantile(values, 0.2), quantile(values, 0.8)
+
+
+def middle(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Median and :func:`spread`, to three digits after the point."""
+    low, high = spread(values)
+    return round(statistics.median(values), 3), (round(low, 3), round(high, 3))
+
+
 def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_bytes: int) -> dict[str, Any]:
     """Medians of the paired ratios. ``limit`` moved ``measured_bytes``; the op needs ``limit_bytes``. Where there is
     one of ``SAME``, that is the limit, and the stream stands beside it."""
@@ -82,20 +93,15 @@ def summary(times: list[dict[str, float]], limit_bytes: int | None, measured_byt
     for name in times[0]:
         if name in ("ours", "limit", *SAME):
             continue
-        ratios = [t[name] / t["ours"] for t in times]
-        result["ratio"][name] = round(statistics.median(ratios), 3)
-        result["spread"][name] = (round(quantile(ratios, 0.2), 3), round(quantile(ratios, 0.8), 3))
+        result["ratio"][name], result["spread"][name] = middle([t[name] / t["ours"] for t in times])
     if "limit" in times[0] and limit_bytes:
         shares = [t["limit"] * limit_bytes / measured_bytes / t["ours"] for t in times]
-        result["limit_share"] = round(statistics.median(shares), 3)
-        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
+        result["limit_share"], result["spread"]["limit"] = middle(shares)
         result["bandwidth_gb_s"] = round(measured_bytes / statistics.median(t["limit"] for t in times) / 1e6, 1)
         result["bytes"] = limit_bytes
     for name in (name for name in SAME if name in times[0]):
         if result["limit_share"] is not None:
             result["stream_share"] = result["limit_share"]
             result["spread"]["stream"] = result["spread"]["limit"]
-        shares = [t[name] / t["ours"] for t in times]
-        result["limit_share"] = round(statistics.median(shares), 3)
-        result["spread"]["limit"] = (round(quantile(shares, 0.2), 3), round(quantile(shares, 0.8), 3))
+        result["limit_share"], result["spread"]["limit"] = middle([t[name] / t["ours"] for t in times])
     return result
